@@ -1,0 +1,72 @@
+"""Checkpoints: plain dictionaries of tensors and numbers, written whole or not at all, loaded without running code."""
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes content (tensors, numbers, strings in dicts, lists, tuples) to path atomically, with its checksum."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"content": content, "sha256": checksum(content)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The content that save() wrote, tensors on the CPU. Raises ValueError with one sentence if that is not there."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        content, expected = stored["content"], stored["sha256"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is not a checkpoint of this project, or it is damaged") from None
+    if checksum(content) != expected:
+        raise ValueError(f"{path} is damaged: its content does not match its checksum")
+    return content
+
+
+def plain_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict without the prefixes that DistributedDataParallel, torch.compile and AveragedModel add."""
+    def plain(key: str) -> str:
+        while key.startswith(("module.", "_orig_mod.")):
+            key = key.split(".", 1)[1]
+        return key
+    return {plain(key): value for key, value in state.items() if key != "n_averaged"}
+
+
+def checksum(content: Any) -> str:
+    """SHA-256 over names, values, types, shapes and bytes of nested content."""
+    digest = hashlib.sha256()
+    for piece in _pieces(content):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(content: Any) -> Iterator[bytes]:
+    if isinstance(content, torch.Tensor):
+        yield f"{content.dtype}{tuple(content.shape)}".encode()
+        yield content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield repr(key).encode()
+            yield from _pieces(value)
+    elif isinstance(content, (list, tuple)):
+        yield str(len(content)).encode()
+        for value in content:
+            yield from _pieces(value)
+    else:
+        yield repr(content).encode()

@@ -1,0 +1,146 @@
+"""The command line: a dataclass is a set of flags, the comment after a field its --help, and presets are values.
+
+A numeric field's comment starts with the range it allows, [1, 16] or (0, inf); --help shows it and parse() enforces
+it. The presets carry the paper's appendix (section 6 of its hyperparameters) and two small ones of our own.
+"""
+import argparse
+import dataclasses
+import inspect
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+_PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), blocks=2, head_dim=64, emb_dim=1024,
+              emb_layers=4, attention_resolutions=(8, 16, 32), prediction="eps", dropout=0.0, lr=3e-4, beta2=0.99,
+              weight_decay=0.0, warmup=1000, decay="constant", batch_size=128, ema=0.9999, num_images=8, cond_dim=0,
+              dataset="video_folder", patch=1, noise_shift=1.0)
+_TEXT = _PAPER | dict(encoder="bert", cond_dim=1024, tokens=64)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ours: what a laptop trains in two hours, and a GPU in one. Everything below them is the paper's.
+    "cpu": dict(size=32, digits=1, dim=64, dim_mults=(1, 2, 4), blocks=1, patch=2, attention_resolutions=(8, 4),
+                head_dim=32, emb_dim=256, emb_layers=2, num_images=2, noise_shift=3.0, lr=8e-4, warmup=150,
+                decay="cosine", batch_size=4, ema=0.999, steps=20_000),
+    "cuda": dict(size=64, digits=2, dim=64, dim_mults=(1, 2, 4, 8), blocks=2, attention_resolutions=(8, 16),
+                 head_dim=64, emb_dim=512, emb_layers=2, num_images=4, noise_shift=3.0, lr=5e-4, warmup=500,
+                 decay="cosine", batch_size=64, ema=0.9995, steps=20_000),
+    "ucf101": _PAPER | dict(dropout=0.1, steps=60_000),
+    "bair": _PAPER | dict(dim=128, dim_mults=(1, 2, 3, 4), blocks=3, emb_layers=2, prediction="v", dropout=0.1, lr=2e-4,
+                          beta2=0.999, weight_decay=0.01, ema=0.999, steps=660_000, flip=True),
+    "kinetics600": _PAPER | dict(emb_layers=2, prediction="v", dropout=0.1, lr=2e-4, batch_size=256, steps=220_000),
+    "text_small": _TEXT | dict(dim=128, steps=200_000),
+    "text_large": _TEXT | dict(steps=700_000),
+    "text_9x128": _TEXT | dict(frames=9, size=128, dim=128, dim_mults=(1, 2, 4, 8, 16), head_dim=128, lr=2e-4,
+                               num_images=7, steps=800_000),
+}
+
+SAMPLING: dict[str, dict[str, Any]] = {  # what sample.py starts from for a model trained with the preset
+    "ucf101": dict(sampler="ancestral", steps=256, gamma=0.1),
+    "bair": dict(sampler="ancestral", steps=256, gamma=0.0, delta=0.1, w_r=50.0),
+    "kinetics600": dict(sampler="ancestral", steps=128, gamma=0.0, delta=0.1, w_r=9.0),
+    "text_small": dict(sampler="ancestral", steps=256, gamma=0.3),
+    "text_large": dict(sampler="ancestral", steps=256, gamma=0.3),
+    "text_9x128": dict(sampler="ancestral", steps=256, gamma=0.3),
+}
+
+
+def fail(sentence: str) -> NoReturn:
+    """Ends the program with one sentence on stderr and exit status 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program; ValueError and OSError carry a sentence for the user, anything else is a bug and is shown."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+
+
+def device(name: str) -> torch.device:
+    """The device of --device: "auto" is CUDA where there is one. Raises ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} was given but this PyTorch finds no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def parse(*configs: type, argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> list[Any]:
+    """One instance of each dataclass from the command line; a field name they share is one flag.
+
+    A flag given by hand wins over defaults, those win over --preset, and that over the dataclass. Bad input ends the
+    program with one sentence and exit status 2.
+    """
+    given = vars(_parser(configs).parse_args(argv))
+    preset = given.get("preset", (defaults or {}).get("preset", ""))
+    values = PRESETS.get(preset, {}) | (defaults or {}) | given
+    try:
+        return [config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
+                for config in configs]
+    except ValueError as error:
+        fail(str(error))
+
+
+def _parser(configs: tuple[type, ...]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110))
+    parser.error = fail
+    fields = {f.name: (f, comment) for config in configs for f, comment in _commented_fields(config)}
+    for name, (field, comment) in fields.items():
+        flag, kind = f"--{name}", field.type
+        text = f"{comment} (default: {_shown(field.default)})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(kind) is typing.Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), help=text)
+        else:
+            parser.add_argument(flag, type=_converter(kind, comment), metavar=name.upper(), help=text)
+    return parser
+
+
+def _commented_fields(config: type) -> list[tuple[dataclasses.Field, str]]:
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(config), re.M))
+    return [(field, comments[field.name]) for field in dataclasses.fields(config)]
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value) or "none"
+
+
+def _converter(kind: Any, comment: str) -> Callable[[str], Any]:
+    """str -> kind, checked against the range at the head of the comment; its errors name flag, value and range."""
+    number = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+    interval = re.match(r"([\[(])([^,\]]+), ([^\])]+)([\])])", comment)
+
+    def convert(text: str) -> Any:
+        try:
+            return tuple(one(part) for part in text.split(",")) if number is not kind else one(text)
+        except (ValueError, OverflowError):
+            allowed = f" in {interval[0]}" if interval else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_NAMES[kind]}{allowed}") from None
+
+    def one(text: str) -> Any:
+        value = number(text)
+        if interval and not _inside(value, interval):
+            raise ValueError
+        return value
+
+    return convert
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", tuple[int, ...]: "a list of whole numbers (1,2,4)"}
+
+
+def _inside(value: float, interval: re.Match) -> bool:
+    low, high = float(interval[2]), float(interval[3])
+    above = value >= low if interval[1] == "[" else value > low
+    below = value <= high if interval[4] == "]" else value < high
+    return math.isfinite(value) and above and below

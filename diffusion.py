@@ -1,0 +1,112 @@
+"""Section 2: the diffusion process and the training loss, as pure functions of the log-SNR.
+
+There is no table of constants and no integer time: everything the process needs, alpha, sigma, the reverse
+mean and variance, follows from logsnr (the paper's lambda), a 0-d tensor in sampling and (B, 1, 1, 1, 1) in
+training, which broadcasts against videos (B, C, F, H, W) in [-1, 1]. t = 0 is clean, t = 1 is noise.
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (z, logsnr) -> x_hat, shaped like z
+
+
+@dataclass
+class DiffusionConfig:
+    prediction: Literal["eps", "v"] = "v"  # what the network predicts: the noise, or the velocity v
+    logsnr_min: float = -20.0  # [-40, 0] log-SNR at t = 1
+    logsnr_max: float = 20.0  # [0, 40] log-SNR at t = 0
+    noise_shift: float = 1.0  # [0.1, 100] sigma/alpha is multiplied by this at every t; 1 is the paper
+
+
+def cosine_logsnr(t: Tensor, logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> Tensor:
+    """The cosine schedule lambda(t) = -2 log tan(at + b), t in [0, 1] (section 2; Progressive Distillation)."""
+    b = math.atan(math.exp(-logsnr_max / 2))
+    a = math.atan(math.exp(-logsnr_min / 2)) - b
+    return (-2 * torch.tan(a * t.double() + b).log()).to(t.dtype)  # float32 loses tan's digits near pi/2
+
+
+def schedule(t: Tensor, config: DiffusionConfig) -> Tensor:
+    """The log-SNR at time t in [0, 1], shaped like t: cosine, moved towards noise by config.noise_shift."""
+    # Paper: no shift. F nearly equal frames average the noise away, so small clips profit from more of it.
+    return cosine_logsnr(t, config.logsnr_min, config.logsnr_max) - 2 * math.log(config.noise_shift)
+
+
+def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma, variance preserving: alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)."""
+    return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()  # never sqrt(1 - alpha^2): it cancels
+
+
+def noise_like(z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise shaped like z; a generator on the CPU gives the same noise on every device."""
+    device = generator.device if generator else z.device
+    return torch.randn(z.shape, dtype=z.dtype, device=device, generator=generator).to(z.device)
+
+
+def diffuse(x: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
+    """z_t ~ q(z_t | x): the video x with noise eps at level logsnr, shaped like x."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return alpha * x + sigma * eps  # Eq. 1
+
+
+def x_from_eps(z: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
+    """The clean video that z and its noise eps imply (section 2, epsilon-prediction)."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return (z - sigma * eps) / alpha
+
+
+def eps_from_x(z: Tensor, logsnr: Tensor, x: Tensor) -> Tensor:
+    """The noise that z and its clean video x imply; -sigma times the score when x = E[x | z]."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return (z - alpha * x) / sigma  # Paper: the alpha is missing where it is printed beside Eq. 6
+
+
+def x_from_v(z: Tensor, logsnr: Tensor, v: Tensor) -> Tensor:
+    """The clean video that z and its velocity v imply (section 2, v-prediction)."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return alpha * z - sigma * v
+
+
+def v_from_x(x: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
+    """The velocity v = alpha eps - sigma x, the target of v-prediction (section 2)."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return alpha * eps - sigma * x
+
+
+def reverse(z_t: Tensor, x: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of z_s given z_t and x, s < t: the posterior q(z_s | z_t, x) at gamma = 0.
+
+    gamma in [0, 1] is the exponent that interpolates between the small variance (0) and the large one (1).
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+    ratio = torch.exp(logsnr_t - logsnr_s)
+    fresh = -torch.expm1(logsnr_t - logsnr_s)  # 1 - e^(lambda_t - lambda_s), exact for close levels
+    mean = ratio * (alpha_s / alpha_t) * z_t + fresh * alpha_s * x  # Eq. 3
+    small, large = fresh * sigma_s**2, fresh * sigma_t**2
+    return mean, (small ** (1 - gamma) * large**gamma).sqrt()  # Eq. 4
+
+
+def loss(model: Callable, x: Tensor, config: DiffusionConfig, cond: Tensor | None = None, num_images: int = 0,
+         generator: torch.Generator | None = None) -> Tensor:
+    """The loss of each clip (B,): mean squared error on eps or on v at a random time (Eq. 2 with its weights).
+
+    x: (B, C, F + num_images, H, W); cond: token embeddings as UNet3D takes them, or None for c = 0.
+    """
+    batch = x.shape[0]
+    # Paper: t ~ U[0, 1] for each clip. One draw from each of B equal strata has the same mean and less variance.
+    t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    logsnr = schedule(t, config).view(-1, 1, 1, 1, 1).to(x.device)
+    eps = noise_like(x, generator)
+    target = eps if config.prediction == "eps" else v_from_x(x, logsnr, eps)
+    output = model(diffuse(x, logsnr, eps), logsnr, cond, num_images)
+    return (output - target).square().flatten(1).mean(1)  # Eq. 2
+
+
+def denoiser(model: Callable, config: DiffusionConfig, cond: Tensor | None = None) -> Denoiser:
+    """The denoiser x_hat(z, logsnr) of a network: binds the condition and undoes the prediction type."""
+    undo = {"eps": x_from_eps, "v": x_from_v}[config.prediction]
+    return lambda z, logsnr: undo(z, logsnr, model(z, logsnr, cond))

@@ -1,0 +1,72 @@
+"""Section 4.3: captions as frozen token embeddings (B, L, D); the network pools them by attention (unet3d.py).
+
+Paper: BERT-large. The default here needs no download: every word gets a fixed random vector, which tells words
+apart as well as a pretrained model does on captions whose few words all occur in training, and means nothing else.
+"""
+import functools
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    encoder: Literal["words", "bert"] = "words"  # fixed random vectors of words, or a BERT through transformers
+    cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
+    tokens: int = 16  # [1, 512] longest caption in tokens; what follows is cut off
+    bert: str = "bert-large-uncased"  # name or folder of the BERT (1024 wide for the paper's BERT-large)
+
+
+def embed(captions: list[str], config: TextConfig) -> Tensor:
+    """The captions' frozen token embeddings, float32 (B, config.tokens, config.cond_dim); padding is zero.
+
+    "" gives all zeros, which is c = 0. Raises ValueError if the BERT is missing or of another width.
+    """
+    encode = _words if config.encoder == "words" else _bert
+    return torch.stack([encode(caption, config) for caption in captions])
+
+
+def _words(caption: str, config: TextConfig) -> Tensor:
+    words = re.findall(r"\w+|[^\w\s]", caption.lower())[:config.tokens]
+    # half of a token says which word it is, half which word at which place: pooling alone would lose the order
+    halves = [torch.cat([_vector(word, config.cond_dim // 2),
+                         _vector(f"{place} {word}", config.cond_dim - config.cond_dim // 2)])
+              for place, word in enumerate(words)]
+    padding = [torch.zeros(config.cond_dim)] * (config.tokens - len(words))
+    return torch.stack(halves + padding)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _vector(word: str, dim: int) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")  # hash() differs between runs
+    return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.lru_cache(maxsize=100_000)
+def _bert(caption: str, config: TextConfig) -> Tensor:
+    if not caption.strip():
+        return torch.zeros(config.tokens, config.cond_dim)
+    tokenizer, model = _load_bert(config.bert)
+    if model.config.hidden_size != config.cond_dim:
+        raise ValueError(f"the BERT {config.bert} is {model.config.hidden_size} wide and --cond_dim is "
+                         f"{config.cond_dim}; they must be equal")
+    batch = tokenizer(caption, truncation=True, max_length=config.tokens, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state[0]
+    return torch.cat([hidden, hidden.new_zeros(config.tokens - len(hidden), config.cond_dim)])
+
+
+@functools.cache
+def _load_bert(name: str) -> tuple:
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise ValueError("--encoder bert needs the package transformers: pip install transformers") from None
+    try:
+        return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval().requires_grad_(False)
+    except Exception as error:  # transformers raises whatever its back end does
+        raise ValueError(f"the BERT {name} could not be loaded: {str(error).splitlines()[0]}") from None
