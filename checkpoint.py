@@ -39,6 +39,14 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def newest(*folders: Path) -> Path:
+    """The newest checkpoint_*.pt in the folders. Raises ValueError if there is none."""
+    found = [path for folder in folders for path in folder.glob("checkpoint_*.pt")]
+    if not found:
+        raise ValueError(f"there is no checkpoint in {' or '.join(map(str, folders)) or 'runs/'}")
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name))
+
+
 def plain_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict without the prefixes that DistributedDataParallel, torch.compile and AveragedModel add."""
     def plain(key: str) -> str:

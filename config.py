@@ -14,8 +14,6 @@ import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
-
 _PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), blocks=2, head_dim=64, emb_dim=1024,
               emb_layers=4, attention_resolutions=(8, 16, 32), prediction="eps", dropout=0.0, lr=3e-4, beta2=0.99,
               weight_decay=0.0, warmup=1000, decay="constant", batch_size=128, ema=0.9999, num_images=8, cond_dim=0,
@@ -64,25 +62,19 @@ def run(main: Callable[[], None]) -> None:
         fail(" ".join(str(error).split()))
 
 
-def device(name: str) -> torch.device:
-    """The device of --device: "auto" is CUDA where there is one. Raises ValueError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name} was given but this PyTorch finds no CUDA device; use --device cpu")
-    return torch.device(name)
-
-
-def parse(*configs: type, argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> list[Any]:
+def parse(*configs: type, argv: list[str] | None = None,
+          defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {}) -> list[Any]:
     """One instance of each dataclass from the command line; a field name they share is one flag.
 
-    A flag given by hand wins over defaults, those win over --preset, and that over the dataclass. Bad input ends the
-    program with one sentence and exit status 2.
+    A flag given by hand wins over defaults(given), those win over --preset, and that over the dataclass. Bad input
+    ends the program with one sentence and exit status 2.
     """
     given = vars(_parser(configs).parse_args(argv))
-    preset = given.get("preset", (defaults or {}).get("preset", ""))
-    values = PRESETS.get(preset, {}) | (defaults or {}) | given
     try:
+        values = defaults(given) | given
+        if (preset := values.get("preset", "cpu")) not in PRESETS:
+            raise ValueError(f"--preset {preset} is not one of {', '.join(PRESETS)}")
+        values = (PRESETS[preset] if "preset" in values else {}) | values
         return [config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
                 for config in configs]
     except ValueError as error:

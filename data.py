@@ -1,13 +1,12 @@
 """Videos to train on and to look at (section 4, experiments; joint training on images, section 4.3.1).
 
-Bouncing digits made on the fly from the MNIST files beside this module, clips read from a folder, and the GIF,
-WebP and film strip a sample is written to. Videos are (B, C, F, H, W) floats in [-1, 1] everywhere.
+Bouncing digits made on the fly from the MNIST files beside this module, clips read from a folder, and the
+GIF, WebP and film strip a sample is written to. Videos are (B, C, F, H, W) floats in [-1, 1] everywhere.
 """
 
 import functools
 import gzip
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,12 @@ import torch
 from einops import rearrange, repeat
 from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
-@dataclass
+@dataclass(frozen=True)  # and so hashable: a folder is scanned once for each config
 class DataConfig:
-    dataset: Literal["moving_mnist", "stochastic_moving_mnist", "video_folder"] = "moving_mnist"  # what to train on
+    dataset: Literal["moving_mnist", "stochastic_moving_mnist", "video_folder"] = "moving_mnist"  # the videos
     data_dir: str = ""  # folder of clips, for video_folder alone
     split: Literal["train", "test"] = "train"  # half of the data: no test digit or clip is ever trained on
     frames: int = 16  # [1, 1024] frames per clip
@@ -37,18 +37,18 @@ class DataConfig:
     flip: bool = False  # mirror half of the video_folder clips left to right
 
 
-# ---- the public stream -------------------------------------------------------------------------------------------
+# ---- the public stream -----------------------------------------------------------------------------------
 
 
 def batches(config: DataConfig, batch_size: int, seed: int, start=0, stride=1, device="cpu") -> Iterator:
-    """Batches start, start + stride, ...: (x (B, C, F+K, H, W), captions), B lists of 1+K strings: the clip's, then
-    one for each of the K image frames at the end. Batch i depends on (config, seed, i) alone, so a run resumes with
-    `start` and rank r of n takes start=r, stride=n. ValueError: bad config, or no usable clip in data_dir.
+    """Batches start, start + stride, ...: x (B, C, F+K, H, W), and B lists of 1+K captions, the clip's and
+    one for each of the K image frames at the end. Batch i depends on (config, seed, i) alone: a run resumes
+    with start=i, rank r of n takes start=r, stride=n. ValueError: bad config, or no usable clip in data_dir.
     """
     if config.channels not in (1, 3):
         raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
-    digits = config.dataset != "video_folder"
-    draw = _digit_clips if digits else functools.partial(_folder_clips, video_folder(config))
+    folder = config.dataset == "video_folder"
+    draw = functools.partial(_folder_clips, video_folder(config)) if folder else _digit_clips
     return (_batch(draw, config, batch_size, (seed, i), device) for i in count(start, stride))
 
 
@@ -64,8 +64,8 @@ def _batch(draw: Callable, config: DataConfig, b: int, seed: tuple[int, int], de
 
 
 def _rng(seed: int | tuple[int, ...]) -> np.random.Generator:
-    # A spawn key, unlike a sum, cannot make (seed 1, batch 0) the same stream as (seed 0, batch 1). The numbers are
-    # drawn on the CPU on every machine, so that a GPU run sees the same videos.
+    # A spawn key, unlike a sum, cannot make (seed 1, batch 0) the same stream as (seed 0, batch 1). The
+    # numbers are drawn on the CPU on every machine, so that a GPU run sees the same videos.
     first, *rest = seed if isinstance(seed, tuple) else (seed,)
     return np.random.default_rng(np.random.SeedSequence(first, spawn_key=tuple(rest)))
 
@@ -74,7 +74,7 @@ def _to_float(pixels: Tensor) -> Tensor:
     return pixels.div(127.5).sub_(1)  # 0 and 255 become -1 and 1 exactly
 
 
-# ---- bouncing digits ---------------------------------------------------------------------------------------------
+# ---- bouncing digits -------------------------------------------------------------------------------------
 
 MNIST = Path(__file__).resolve().parent / "mnist"
 SHA256 = {
@@ -87,56 +87,54 @@ DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down",
 
 
 def moving_mnist(config: DataConfig, n: int, seed, device="cpu") -> tuple[Tensor, list[str], dict]:
-    """n clips (n, C, F, H, W) of digits at constant speed between walls (Srivastava et al. 2015), captions, truth.
-
-    Truth, on the CPU: labels (n, digits) int64; positions (n, digits, F, 2), the top-left (y, x) in pixels, floats
-    that are truncated when pasted. seed: an int or a tuple of ints. FileNotFoundError: no intact MNIST file.
+    """n clips (n, C, F, H, W) of digits at constant speed between walls (Srivastava et al. 2015), captions,
+    and the truth on the CPU: labels (n, digits) int64; positions (n, digits, F, 2), top-left (y, x) in
+    pixels, floats truncated when pasted. seed: int or tuple of ints. FileNotFoundError: no intact MNIST file.
     """
     return _digit_clips(replace(config, dataset="moving_mnist"), n, _rng(seed), device)
 
 
 def stochastic_moving_mnist(config: DataConfig, n: int, seed, device="cpu") -> tuple[Tensor, list[str], dict]:
-    """As moving_mnist, but digits are added and leave a wall at a random velocity (SVG, Denton & Fergus 2018)."""
+    """As moving_mnist, but digits add up and leave walls at random velocities (SVG, Denton & Fergus 2018)."""
     return _digit_clips(replace(config, dataset="stochastic_moving_mnist"), n, _rng(seed), device)
 
 
 def _digit_clips(config: DataConfig, n: int, rng: np.random.Generator, device, beside=None) -> tuple:
-    motion, side, combine = {
-        "moving_mnist": (_straight, round(config.size * 28 / 64), torch.maximum),
-        "stochastic_moving_mnist": (_random, round(config.size / 2), _add_saturating),
-    }[config.dataset]
-    images, labels = _mnist(config.split)
+    stochastic = config.dataset == "stochastic_moving_mnist"
+    motion, combine = (_random, _add_saturating) if stochastic else (_straight, torch.maximum)
+    side = round(config.size * (32 if stochastic else 28) / 64)
+    half = {"train": "train", "test": "t10k"}[config.split]
+    images, labels = _read_idx(f"{half}-images-idx3-ubyte.gz"), _read_idx(f"{half}-labels-idx1-ubyte.gz")
     chosen = rng.integers(0, len(images), (n, config.digits))
     positions, captions = motion(config, labels[chosen], config.size - side, rng)
     if beside is not None:  # single frames, to go beside other clips
         positions = np.take_along_axis(positions, rng.integers(0, config.frames, (n, 1, 1, 1)), axis=2)
-    patches = _resize(torch.from_numpy(images[chosen]), side)
+    mode = "area" if side <= 28 else "bilinear"
+    patches = interpolate(torch.from_numpy(images[chosen]).float(), (side, side), mode=mode).round().byte()
     pixels = _paste(patches.to(device), torch.from_numpy(positions).long().to(device), config.size, combine)
-    x = repeat(_to_float(pixels), "n f h w -> n c f h w", c=config.channels)
     truth = {"labels": torch.from_numpy(labels[chosen]).long(), "positions": torch.from_numpy(positions)}
-    return x, captions, truth
+    return repeat(_to_float(pixels), "n f h w -> n c f h w", c=config.channels), captions, truth
 
 
 def _straight(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Generator) -> tuple:
     start = rng.random((*labels.shape, 1, 2))
     angle = rng.random((*labels.shape, 1)) * 2 * np.pi
-    times = 0.1 * config.frame_stride * np.arange(config.frames)[:, None]
-    way = start + np.stack([-np.sin(angle), np.cos(angle)], -1) * times  # the walls are at 0 and 1
-    # A bounce folds the straight way. (The original code clamps to the wall in the frame of a bounce instead; folded,
-    # the speed never changes, and a frame_stride of s shows exactly every s-th frame.)
-    positions = (1 - abs(way % 2 - 1)) * room
+    steps = config.frame_stride * np.arange(config.frames)[:, None]
+    way = start + 0.1 * np.stack([-np.sin(angle), np.cos(angle)], -1) * steps  # the walls are at 0 and 1
     sector = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
-    pairs = [zip(*clip) for clip in zip(labels, sector)]
-    return positions, [" and ".join(f"a {digit} moving {DIRECTIONS[s]}" for digit, s in clip) for clip in pairs]
+    # Always "a", so that a prompt differs by its digit alone.
+    phrases = [[f"a {d} moving {DIRECTIONS[s]}" for d, s in zip(*clip)] for clip in zip(labels, sector)]
+    # A bounce folds the straight way. (The original code clamps to the wall in the frame of a bounce instead;
+    # folded, the speed never changes, and a frame_stride of s shows exactly every s-th frame.)
+    return (1 - abs(way % 2 - 1)) * room, [" and ".join(clip) for clip in phrases]
 
 
 def _random(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Generator) -> tuple:
     # Integers on the original's 64-pixel canvas, scaled at the end. Its last position is 31, not 32.
     position = rng.integers(0, 32, (*labels.shape, 2))
-    velocity = rng.integers(-4, 5, (*labels.shape, 2))
-    path = []
+    velocity, path = rng.integers(-4, 5, (*labels.shape, 2)), []
     for _ in range((config.frames - 1) * config.frame_stride + 1):
-        for axis in (0, 1):  # y before x, as in the original: at a corner the x wall has the last word on both
+        for axis in (0, 1):  # y before x, as in the original: at a corner the x wall has the last word
             low, high = position[..., axis] < 0, position[..., axis] > 31
             inward, along = rng.integers(1, 5, labels.shape), rng.integers(-4, 5, labels.shape)
             velocity[..., axis] = np.select([low, high], [inward, -inward], velocity[..., axis])
@@ -144,18 +142,13 @@ def _random(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Ge
         path.append(position.clip(0, 31))
         position = path[-1] + velocity
     positions = np.stack(path[:: config.frame_stride], axis=2) * (config.size / 64)
-    return positions, [" and ".join(f"a {digit}" for digit in clip) + " bouncing at random" for clip in labels]
-
-
-def _resize(digits: Tensor, side: int) -> Tensor:
-    mode = "area" if side <= 28 else "bilinear"
-    return torch.nn.functional.interpolate(digits.float(), (side, side), mode=mode).round().byte()
+    return positions, [" and ".join(f"a {d}" for d in clip) + " bouncing at random" for clip in labels]
 
 
 def _paste(patches: Tensor, corners: Tensor, size: int, combine: Callable) -> Tensor:
     (n, digits, frames, _), side = corners.shape, patches.shape[-1]
     canvas = patches.new_zeros(n * frames, size, size)
-    windows = canvas.unfold(1, side, 1).unfold(2, side, 1)  # (n f) y x h w, a view: writing here draws on the canvas
+    windows = canvas.unfold(1, side, 1).unfold(2, side, 1)  # (n f) y x h w, a view of the canvas to write to
     every = torch.arange(n * frames, device=canvas.device)
     for d in range(digits):
         y, x = rearrange(corners[:, d], "n f yx -> yx (n f)")
@@ -169,44 +162,38 @@ def _add_saturating(a: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.cache
-def _mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
-    prefix = {"train": "train", "test": "t10k"}[split]
-    return _read_idx(f"{prefix}-images-idx3-ubyte.gz"), _read_idx(f"{prefix}-labels-idx1-ubyte.gz")
-
-
 def _read_idx(name: str) -> np.ndarray:
     path = MNIST / name
     packed = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(packed).hexdigest() != SHA256[name]:
-        fault = "differs from the original MNIST file" if path.is_file() else "is missing"
-        raise FileNotFoundError(f"{path} {fault}: restore it with git checkout mnist/, or put the original there")
+        remedy = "restore it with `git checkout mnist/`, or put the original file there"
+        raise FileNotFoundError(f"{path} is missing, or is not the original MNIST file: {remedy}")
     raw = gzip.decompress(packed)
     assert raw[:3] == b"\0\0\x08", f"{name} starts with {raw[:3]}, not with the header of an array of bytes"
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(np.frombuffer(raw, ">i4", raw[3], 4))
 
 
-# ---- clips from a folder -----------------------------------------------------------------------------------------
+# ---- clips from a folder ---------------------------------------------------------------------------------
 
 STILLS = (".png", ".jpg", ".jpeg", ".bmp")
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 CLIPS = (".gif", ".webp", ".apng", ".npy", ".npz", *FILMS)
-FORMATS = ("GIF", "WEBP", "PNG", "JPEG", "BMP")  # Pillow looks at content, not names: keep its rarer readers out
 MAX_FRAME, MAX_CLIP = 2**26, 2**31  # pixels of a frame, and of a clip: a thousand frames of 1920 x 1080
 
 
+@functools.cache
 def video_folder(config: DataConfig) -> list[tuple[Path, str]]:
-    """(path, caption) of each clip of the split in data_dir; unusable ones are skipped, and named once on stderr.
+    """(path, caption) of the split's clips in data_dir; unusable ones are skipped, and named once on stderr.
 
-    A split is the subfolder train or test if both exist, else every tenth clip is for testing (a single clip is
-    both). Every clip is decoded once here. ValueError: no such folder, or no usable clip in it.
+    A split is the subfolder train or test if both exist, else every tenth clip is for testing (a single clip
+    is both). Every clip is decoded once here. ValueError: no such folder, or no usable clip in it.
     """
     root = Path(config.data_dir)
     if not config.data_dir or not root.is_dir():
-        raise ValueError(f"data_dir is {config.data_dir!r}, but video_folder needs an existing folder of clips")
+        raise ValueError(f"data_dir is {config.data_dir!r}, but video_folder needs a folder of clips")
     root, paths = _split(root, config.split)
-    _decode_cached.cache_clear()  # files may have changed since the last scan
     faults = {path: _fault(config, path) for path in paths}
-    bad = [f"{path.relative_to(root)}: {fault}" for path, fault in faults.items() if fault]
+    bad = [fault for fault in faults.values() if fault]
     report = f"skipped {len(bad)} of {len(paths)} clips: {'; '.join(bad)}" if bad else "there is none"
     if len(bad) == len(paths):
         raise ValueError(f"no usable clip for the {config.split} split in {root}: {report}")
@@ -218,12 +205,9 @@ def video_folder(config: DataConfig) -> list[tuple[Path, str]]:
 def load_video(path: str | Path, size: int, channels: int) -> Tensor:
     """All frames of a clip, (C, F, size, size) in [-1, 1]: short side fitted to size, centre cropped.
 
-    A clip is a GIF, WebP, (A)PNG, npy, npz or film file, or a folder of stills. ValueError: it cannot be read.
+    A clip is a GIF, WebP, (A)PNG, npy, npz or film file, or a folder of stills. ValueError: not readable.
     """
-    try:
-        return _to_float(_decode(Path(path), size, channels))
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}") from error
+    return _to_float(_decode(Path(path), size, channels))
 
 
 def _split(root: Path, split: str) -> tuple[Path, list[Path]]:
@@ -231,25 +215,19 @@ def _split(root: Path, split: str) -> tuple[Path, list[Path]]:
         return root / split, _find_clips(root / split)
     clips = _find_clips(root)
     # Divided before anything is decoded: which clip is for testing must not depend on the length asked for.
-    kept = [clip for i, clip in enumerate(clips) if (i % 10 == 0) == (split == "test")]
-    return root, kept if len(clips) > 1 else clips
+    return root, [p for i, p in enumerate(clips) if len(clips) == 1 or (i % 10 == 0) == (split == "test")]
 
 
 def _find_clips(root: Path) -> list[Path]:
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        files = [Path(folder, name) for name in names if name[0] != "."]
-        stills = any(file.suffix.lower() in STILLS for file in files)
-        found += [file for file in files if _is_clip(file)] or [Path(folder)] * stills
-    return sorted(found, key=_natural)
+    files = [p for p in root.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(root).as_posix()}"]
+    clips = [file for file in files if _is_clip(file)]
+    folders = {file.parent for file in files if file.suffix.lower() in STILLS}
+    return sorted([*clips, *(folders - {clip.parent for clip in clips})], key=_natural)
 
 
 def _is_clip(file: Path) -> bool:
-    if file.suffix.lower() != ".png":
-        return file.suffix.lower() in CLIPS
-    with file.open("rb") as opened:  # the chunk that makes a PNG animated precedes the first data
-        return b"acTL" in opened.read(2**16).partition(b"IDAT")[0]
+    suffix = file.suffix.lower()  # an animated PNG says so before its first data
+    return suffix in CLIPS or suffix == ".png" and b"acTL" in file.read_bytes().partition(b"IDAT")[0]
 
 
 def _natural(path: Path) -> list:
@@ -258,16 +236,15 @@ def _natural(path: Path) -> list:
 
 def _caption(clip: Path, root: Path) -> str:
     text = clip.parent / f"{clip.name if clip.is_dir() else clip.stem}.txt"
-    if text.is_file():
-        return " ".join(text.read_text("utf-8-sig", errors="replace").split())
-    return "" if root in (clip, clip.parent) else clip.parent.name
+    label = "" if root in (clip, clip.parent) else clip.parent.name
+    return " ".join(text.read_text("utf-8-sig", "replace").split()) if text.is_file() else label
 
 
 def _fault(config: DataConfig, path: Path) -> str:
     needed = (config.frames - 1) * config.frame_stride + 1
     try:
         frames = _decode_cached(path, config.size, config.channels).shape[1]
-        return "" if frames >= needed else f"{frames} frames, {needed} needed"
+        return "" if frames >= needed else f"{path}: {frames} frames, {needed} needed"
     except ValueError as error:
         return str(error)
 
@@ -282,8 +259,8 @@ def _decode(path: Path, size: int, channels: int) -> Tensor:
             frames.append(_fit(image, size, channels))
         return rearrange(torch.stack(frames), "f h w c -> c f h w").contiguous()
     except Exception as error:  # a broken file makes decoders raise nearly anything, SyntaxError included
-        hint = "; reading films needs `pip install av`" if isinstance(error, ImportError) else ""
-        raise ValueError(f"broken or unusable ({' '.join(str(error).split()) or repr(error)}{hint})") from error
+        reason = "needs `pip install av`" if isinstance(error, ImportError) else str(error) or repr(error)
+        raise ValueError(f"{path}: broken or unusable, {' '.join(reason.split())}") from error
 
 
 _decode_cached = functools.lru_cache(maxsize=128)(_decode)  # as uint8: 16 frames of 64 x 64 in RGB are 200 kB
@@ -301,7 +278,8 @@ def _frames(path: Path) -> Iterator[Image.Image]:
     elif path.suffix.lower() in (".npy", ".npz"):
         yield from map(Image.fromarray, _array(path))
     else:
-        with Image.open(path, formats=FORMATS) as image:
+        # Pillow goes by content, not by name: only these readers, none that does more than decode pixels.
+        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP")) as image:
             yield from ImageSequence.Iterator(image)
 
 
@@ -321,8 +299,7 @@ def _array(path: Path) -> np.ndarray:
 def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels)
@@ -343,28 +320,30 @@ def _folder_clips(clips: list, config: DataConfig, n: int, rng, device, beside=N
     return _to_float(torch.stack(cuts).to(device)), [clips[i][1] for i in chosen], {"clips": chosen}
 
 
-# ---- files to look at --------------------------------------------------------------------------------------------
+# ---- files to look at ------------------------------------------------------------------------------------
 
-ORANGE, GREY = (255, 140, 0), 64  # the margin of a frame that was given, and of all others
+ORANGE, GREY = (255, 140, 0), (64, 64, 64)  # the margin of a frame that was given, and of all others
 
 
 def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: float = 8) -> list[Path]:
-    """Write x (B, C, F, H, W) in [-1, 1] as a grid of clips, .gif and .webp (lossless), and as a film strip, .png.
+    """Write x (B, C, F, H, W) in [-1, 1] as a grid of clips, .gif and lossless .webp, and a film strip, .png.
 
-    Frames marked in known, F booleans, get an orange margin. Returns the files; such a suffix of path is replaced.
+    Frames marked in known, F booleans, get an orange margin. Returns the paths; such a suffix is cut off.
     """
-    path = Path(path)
-    path = path.with_suffix("") if path.suffix in (".gif", ".webp", ".png") else path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"\.(gif|webp|png)$", "", str(path))
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
     cells = _cells(x, known)
     columns = int(np.ceil(np.sqrt(len(cells))))
     blank = np.full_like(cells, GREY)[: -len(cells) % columns]
     grid = rearrange(np.concatenate([cells, blank]), "(r c) f h w d -> f (r h) (c w) d", c=columns)
-    images = [Image.fromarray(frame.squeeze()) for frame in grid]
-    strip = Image.fromarray(rearrange(cells, "b f h w d -> (b h) (f w) d").squeeze())
+    frames, strip = [Image.fromarray(frame) for frame in grid], rearrange(cells, "b f h w d -> (b h) (f w) d")
+    # One palette for all frames, or still parts flicker. It is exact up to 256 colours: grey without marks.
+    tall, height = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256), grid.shape[1]
+    indexed = [tall.crop((0, y, tall.width, y + height)) for y in range(0, tall.height, height)]
     timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
-    gif = _write(Path(f"{path}.gif"), _one_palette(images), optimize=False, **timing)
-    return [gif, _write(Path(f"{path}.webp"), images, lossless=True, **timing), _write(Path(f"{path}.png"), [strip])]
+    gif = _write(Path(f"{stem}.gif"), indexed, optimize=False, **timing)
+    webp = _write(Path(f"{stem}.webp"), frames, lossless=True, **timing)
+    return [gif, webp, _write(Path(f"{stem}.png"), [Image.fromarray(strip)])]
 
 
 def _cells(x: Tensor, known: Sequence | None) -> np.ndarray:
@@ -372,22 +351,12 @@ def _cells(x: Tensor, known: Sequence | None) -> np.ndarray:
     x = torch.nan_to_num(x.detach().float().cpu(), nan=-1.0).clamp(-1, 1)
     pixels = ((x + 1) * 127.5).round().byte()  # a cast alone truncates, and wraps beyond 255
     zoom = -(-64 // min(x.shape[3:]))  # smaller clips are hard to see
-    pixels = repeat(pixels, "b c f h w -> b f (h i) (w j) c", i=zoom, j=zoom).numpy()
-    b, f, h, w, c = pixels.shape
-    margin = np.full((f, 1, 1, c if known is None else 3), GREY, np.uint8)
-    if known is not None:
-        margin[[bool(mark) for mark in known]] = ORANGE
-    cells = np.tile(margin, (b, 1, h + 4, w + 4, 1))
+    pixels = repeat(pixels, "b c f h w -> b f (h i) (w j) (c n)", i=zoom, j=zoom, n=3 // x.shape[1]).numpy()
+    b, f, h, w, _ = pixels.shape
+    margin = [ORANGE if known is not None and known[i] else GREY for i in range(f)]
+    cells = np.tile(np.array(margin, np.uint8)[:, None, None], (b, 1, h + 4, w + 4, 1))
     cells[:, :, 2:-2, 2:-2] = pixels
     return cells
-
-
-def _one_palette(images: list[Image.Image]) -> list[Image.Image]:
-    if images[0].mode == "L":
-        return images  # exact as it is
-    mosaic = Image.fromarray(np.concatenate([np.asarray(image) for image in images]))
-    palette = mosaic.quantize(256)  # one for all frames: a palette for each makes still parts flicker
-    return [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
 
 
 def _write(path: Path, images: list[Image.Image], **options) -> Path:

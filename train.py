@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shlex
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoint
 import config
+import cost
 from data import DataConfig, batches, save_video
-from diffusion import DiffusionConfig, denoiser, loss, schedule
+from diffusion import DiffusionConfig, denoiser, loss, noise_like, schedule
+from machine import Machine, find_device, start, stop_signals
 from sampling import dpm_solver
 from text import TextConfig, embed
 from unet3d import UNet3D, UNetConfig
@@ -82,55 +81,14 @@ class State:
     step: int = 0
 
 
-@dataclass
-class Machine:
-    """Where this process runs: its device, precision, and place among the processes that torchrun started."""
-    device: torch.device
-    bf16: bool
-    rank: int = 0
-    world: int = 1
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
 def settings(argv: list[str] | None = None) -> Settings:
-    """The settings from the command line, the resumed run, and the preset; without --preset, by hardware."""
-    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
-    train = config.parse(*parts, argv=argv)[-1]
-    kind = config.device(train.device).type
-    defaults = {"preset": "cuda" if kind == "cuda" else "cpu"}
-    if train.resume:
-        defaults = checkpoint.load(newest(Path(train.resume)))["settings"] | {"resume": "", "out": train.resume}
-    return Settings(*config.parse(*parts, argv=argv, defaults=defaults))
-
-
-def newest(folder: Path) -> Path:
-    """The newest checkpoint in a run's folder. Raises ValueError if there is none."""
-    found = sorted(folder.glob("checkpoint_*.pt"))
-    if not found:
-        raise ValueError(f"there is no checkpoint in {folder}")
-    return found[-1]
-
-
-def start(train: TrainConfig) -> Machine:
-    """Sets threads, device, precision and the process group, and says in one line what was chosen."""
-    if train.threads:
-        torch.set_num_threads(train.threads)
-    device, rank, world = config.device(train.device), 0, 1
-    if "RANK" in os.environ:  # set by torchrun
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    bf16 = {"auto": has_bf16, "bf16": True, "float32": False}[train.precision]
-    if rank == 0:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(f"preset {train.preset} on {name}, {'bf16' if bf16 else 'float32'}, {world} process(es): "
-              f"--preset and --device choose another")
-    return Machine(device, bf16, rank, world)
+    """The settings: flags given by hand, else those of the run to resume, else the preset's for the hardware."""
+    def defaults(given: dict[str, Any]) -> dict[str, Any]:
+        if folder := given.get("resume"):
+            return checkpoint.load(checkpoint.newest(Path(folder)))["settings"] | {"out": folder}
+        return {"preset": find_device(given.get("device", "auto")).type}
+    parts = config.parse(DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig, argv=argv, defaults=defaults)
+    return Settings(*parts)
 
 
 def build(s: Settings, device: torch.device) -> State:
@@ -142,7 +100,7 @@ def build(s: Settings, device: torch.device) -> State:
                                   weight_decay=s.train.weight_decay, fused=True)
     state = State(model, ema, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(s.train)))
     if s.train.resume:
-        restore(state, checkpoint.load(newest(Path(s.train.resume))))
+        restore(state, checkpoint.load(checkpoint.newest(Path(s.train.resume))))
     return state
 
 
@@ -229,59 +187,46 @@ def train_step(network: nn.Module, state: State, stream, s: Settings, machine: M
 
 def fit(s: Settings, machine: Machine) -> None:
     """The training loop: steps, metrics, previews and checkpoints, until --steps or a signal to stop."""
-    state, stop = build(s, machine.device), stop_signal()
+    state, stop = build(s, machine.device), stop_signals()
     network = torch.compile(state.model) if s.train.compile else state.model
     network = DistributedDataParallel(network) if machine.world > 1 else network
     first = state.step * s.train.accumulate * machine.world + machine.rank
     stream = batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device)
-    clips, losses, begun = s.train.batch_size * s.train.accumulate * machine.world, [], time.time()
+    clips = s.train.batch_size * s.train.accumulate * machine.world
     with tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
               disable=machine.rank > 0) as bar:
-        while state.step < s.train.steps and not any_rank(stop, machine):
+        losses, begun = [], time.time()
+        while state.step < s.train.steps and not machine.any(bool(stop)):
             value, norm = train_step(network, state, stream, s, machine)
             losses.append(value)
             bar.update(clips)
-            if machine.rank > 0:
-                continue
             if state.step % s.train.log_every == 0:
-                log(s, bar, step=state.step, loss=torch.stack(losses).mean().item(), grad_norm=norm.item(),
-                    lr=state.scheduler.get_last_lr()[0], clips_per_second=clips * len(losses) / (time.time() - begun))
+                value = torch.stack(losses).mean().item()
+                bar.set_postfix(step=state.step, loss=f"{value:.4f}")
+                log(s, machine, step=state.step, loss=value, grad_norm=norm.item(),
+                    lr=state.scheduler.get_last_lr()[0],
+                    clips_per_second=clips * len(losses) / (time.time() - begun))
                 losses, begun = [], time.time()
-            if state.step == min(100, s.train.preview_every) or state.step % s.train.preview_every == 0:
-                preview(state, s, machine)
-            if state.step % s.train.save_every == 0:
-                save(state, s)
+            if machine.rank == 0:
+                keep(state, s, machine)
     if machine.rank == 0:
         finish(state, s, stop)
 
 
-def stop_signal() -> list[int]:
-    """A list that Ctrl-C or SIGTERM appends its number to, so that the step finishes; a second one ends at once."""
-    received = []
-
-    def remember(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
-    return received
+def keep(state: State, s: Settings, machine: Machine) -> None:
+    """Writes the preview and the checkpoint that are due after this step."""
+    every = s.train.preview_every
+    if state.step % every == 0 or state.step == 100 < every:  # an early one, to see that it works
+        preview(state, s, machine)
+    if state.step % s.train.save_every == 0:
+        save(state, s)
 
 
-def any_rank(stop: list[int], machine: Machine) -> bool:
-    """Whether any process was told to stop: all of them must leave the loop after the same step."""
-    if machine.world == 1:
-        return bool(stop)
-    told = torch.tensor(float(bool(stop)), device=machine.device)
-    dist.all_reduce(told)
-    return told.item() > 0
-
-
-def log(s: Settings, bar: tqdm, **values: float) -> None:
-    """Appends one line to metrics.jsonl, shows the loss in the bar, draws the curve if matplotlib is there."""
-    bar.set_postfix(step=values["step"], loss=f"{values['loss']:.4f}")
-    path = Path(s.train.out) / "metrics.jsonl"
-    with open(path, "a") as file:
-        file.write(json.dumps(values) + "\n")
+def log(s: Settings, machine: Machine, **values: float) -> None:
+    """Appends one line to metrics.jsonl (from the first process)."""
+    if machine.rank == 0:
+        with open(Path(s.train.out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 def draw_curve(folder: Path) -> None:
@@ -290,8 +235,11 @@ def draw_curve(folder: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    axes = (figure := Figure()).subplots()
+    if not (folder / "metrics.jsonl").exists():
+        return
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure()
+    axes = figure.subplots()
     axes.semilogy([line["step"] for line in lines], [line["loss"] for line in lines])
     axes.set(xlabel="step", ylabel="loss")
     figure.savefig(folder / "loss.png")
@@ -299,18 +247,17 @@ def draw_curve(folder: Path) -> None:
 
 @torch.no_grad()
 def preview(state: State, s: Settings, machine: Machine) -> None:
-    """Writes samples/step_<step>.gif (.webp, .png): captions of the test split, fixed noise, EMA weights, 25 calls."""
-    x, captions = next(batches(dataclasses.replace(s.data, split="test", num_images=0), 4, s.train.seed))
+    """Writes samples/step_<step>.gif (.webp, .png): EMA weights, captions of the test split, 25 network calls."""
+    test = dataclasses.replace(s.data, split="test", num_images=0)
+    x, captions = next(batches(test, 4, s.train.seed))
     cond = condition(captions, s.text)
-    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(s.train.seed)).to(machine.device)
+    z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # the same at every preview
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(machine.device)
-    model = state.ema.module.eval()
+    denoise = denoiser(state.ema.module.eval(), s.diffusion, None if cond is None else cond.to(machine.device))
     with machine.autocast():
-        denoise = denoiser(model, s.diffusion, cond if cond is None else cond.to(machine.device))
         video = dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
-    folder = Path(s.train.out) / "samples"
-    folder.mkdir(exist_ok=True)
-    save_video(video.cpu(), folder / f"step_{state.step:08d}")
+    save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
+    draw_curve(Path(s.train.out))
 
 
 def finish(state: State, s: Settings, stop: list[int]) -> None:
@@ -322,42 +269,8 @@ def finish(state: State, s: Settings, stop: list[int]) -> None:
     print(f"done: python sample.py --checkpoint {shlex.quote(s.train.out)}")
 
 
-def dry_run(s: Settings) -> None:
-    """Prints parameters, FLOPs of a training step and bytes of --preset's model, built without memory."""
-    with torch.device("meta"):
-        model = UNet3D(s.unet)
-        x = torch.empty(1, s.unet.channels, s.data.frames + s.data.num_images, s.unet.size, s.unet.size)
-        cond = torch.empty(1, s.text.tokens, s.text.cond_dim) if s.text.cond_dim else None
-    with FlopCounterMode(display=False) as counter:
-        loss(model, x, s.diffusion, cond, s.data.num_images).mean().backward()
-    count = sum(p.numel() for p in model.parameters())
-    flops = counter.get_total_flops() * s.train.batch_size * s.train.accumulate
-    print(f"{s.train.preset}: {count / 1e6:.1f} M parameters; {flops / 1e12:.2f} TFLOP per training step of "
-          f"{s.train.batch_size * s.train.accumulate} clips; float32 bytes: weights {gib(4 * count)}, gradients "
-          f"{gib(4 * count)}, optimizer {gib(8 * count)}, EMA {gib(4 * count)}")
-
-
-def gib(count: int) -> str:
-    """Bytes, readable."""
-    return f"{count / 2**30:.2f} GiB"
-
-
-def main() -> None:
-    """Trains, as the flags say."""
-    s = settings()
-    if s.train.dry_run:
-        return dry_run(s)
-    machine = start(s.train)
-    prepare(s, machine)
-    try:
-        fit(s, machine)
-    finally:
-        if machine.world > 1:
-            dist.destroy_process_group()
-
-
 def prepare(s: Settings, machine: Machine) -> None:
-    """Names and creates the run's folder; refuses one that holds another run."""
+    """Names and makes the run's folder, and says where and on what it trains; refuses a folder with another run."""
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(s.train.out)
     if not s.train.resume and any(folder.glob("checkpoint_*.pt")):
@@ -365,6 +278,24 @@ def prepare(s: Settings, machine: Machine) -> None:
     if machine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(s.flat(), indent=1))
+        print(f"preset {s.train.preset} on {machine}, into {folder}; "
+              f"the preset follows the hardware unless --preset or --device is given")
+
+
+def main() -> None:
+    """Trains, as the flags say."""
+    s = settings()
+    if s.train.dry_run:
+        parameters, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens)
+        print(cost.table_row(s.train.preset, parameters, flops, s.train.batch_size * s.train.accumulate))
+        return
+    machine = start(s.train.device, s.train.precision, s.train.threads)
+    try:
+        prepare(s, machine)
+        fit(s, machine)
+    finally:
+        if machine.world > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

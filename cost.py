@@ -1,0 +1,31 @@
+"""What a model costs, from its settings alone: parameters, FLOPs and bytes, counted on the meta device."""
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion import DiffusionConfig, loss
+from unet3d import UNet3D, UNetConfig
+
+
+def step_cost(unet: UNetConfig, diffusion: DiffusionConfig, num_images: int, tokens: int) -> tuple[int, int]:
+    """Parameters of the network, and FLOPs of one clip's forward and backward pass, without any memory."""
+    with torch.device("meta"):
+        model = UNet3D(unet)
+        x = torch.empty(1, unet.channels, unet.frames + num_images, unet.size, unet.size)
+        cond = torch.empty(1, tokens, unet.cond_dim) if unet.cond_dim else None
+    with FlopCounterMode(display=False) as counter:
+        loss(model, x, diffusion, cond, num_images).mean().backward()
+    return count(model), counter.get_total_flops()
+
+
+def count(model: nn.Module) -> int:
+    """The number of a network's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def table_row(name: str, parameters: int, flops: int, clips: int) -> str:
+    """One line: parameters, FLOPs of a training step of that many clips, bytes in float32 of what Adam needs."""
+    gib = 4 * parameters / 2**30
+    return (f"{name}: {parameters / 1e6:.1f} M parameters, {flops * clips / 1e12:.2f} TFLOP per training step of "
+            f"{clips} clips; float32: weights {gib:.2f} GiB, gradients {gib:.2f} GiB, optimizer {2 * gib:.2f} GiB, "
+            f"EMA {gib:.2f} GiB")

@@ -1,0 +1,83 @@
+"""Where a process runs: its device and precision, its place among the processes of torchrun, the signals it gets."""
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Machine:
+    """The device and precision ("auto", "bf16", "float32") of this process, and its rank of world processes."""
+    device: torch.device
+    precision: str = "auto"
+    rank: int = 0
+    world: int = 1
+
+    def bf16(self) -> bool:
+        """Whether to compute in bf16: as told, or, for "auto", where the hardware has it."""
+        if self.precision != "auto":
+            return self.precision == "bf16"
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cpu._is_avx512_bf16_supported()  # emulated, it is slower than float32
+
+    def autocast(self) -> torch.autocast:
+        """The mixed-precision context that networks run in; it changes nothing in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16())
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any process; all of them must ask."""
+        if self.world == 1:
+            return here
+        told = torch.tensor(float(here), device=self.device)
+        dist.all_reduce(told)
+        return told.item() > 0
+
+    def __str__(self) -> str:
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"CPU with {torch.get_num_threads()} threads"
+        return f"{self.world} x {name}, {'bf16' if self.bf16() else 'float32'}"
+
+
+def find_device(name: str) -> torch.device:
+    """The device of --device: "auto" is CUDA where there is one. Raises ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device: auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported: auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name} was given, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def start(device: str, precision: str, threads: int) -> Machine:
+    """The Machine of the flags --device, --precision and --threads; joins the process group if torchrun made one."""
+    if threads:
+        torch.set_num_threads(threads)
+    machine = Machine(find_device(device), precision)
+    if "RANK" not in os.environ:  # set by torchrun
+        return machine
+    if machine.device.type == "cuda":
+        machine.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(machine.device)
+    dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
+    machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
+    return machine
+
+
+def stop_signals() -> list[int]:
+    """A list that Ctrl-C or SIGTERM appends its number to, so that the step can finish; a second one ends at once."""
+    received = []
+
+    def remember(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return received

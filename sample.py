@@ -1,0 +1,327 @@
+"""Section 3.1 and figure 2: conditional sampling, the only place where guidance, sampler and network meet.
+
+Every mode is one question: given some frames, or some frames small, draw the rest. So a mode only makes a Given, and
+fill() answers it, in blocks of the model's length where it is longer.
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import config
+from data import DataConfig, batches, load_video, save_video
+from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
+from guidance import classifier_free, clipped, reconstruction_guided, replacement
+from machine import start
+from sampling import ddim, dpm_solver, identity, sample
+from text import TextConfig, embed
+from unet3d import UNet3D, UNetConfig
+
+
+@dataclass
+class SampleConfig:
+    mode: Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"] = "generate"  # see README
+    checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else in pretrained/
+    base: str = ""  # cascade: checkpoint of the small, slow model; without it a real clip is made small and slow
+    text: str = ""  # caption of the clips; without it they are unconditional
+    num: int = 4  # [1, 1024] clips
+    seed: int = 0  # [0, 2147483647] the same seed gives the same video
+    sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5, or fewer network calls
+    steps: int = 64  # [1, 100000] steps from noise to video
+    gamma: float = 0.0  # [0, 1] ancestral: 0 is the small variance, 1 the large one
+    delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
+    w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
+    method: Literal["reconstruction", "replacement"] = "reconstruction"  # how the given frames steer the others
+    w_r: float = 2.0  # [0, 10000] weight of reconstruction guidance; in space stable below 2
+    frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
+    overlap: int = 0  # [0, 1024] given frames of predict, and frames that blocks share; 0 is half the model's length
+    stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
+    scale: int = 2  # [2, 64] super_resolve, cascade: the given frames are so many times smaller
+    input: str = ""  # a video to start from; by default clips of the test split
+    out: str = "samples"  # folder for the .gif, .webp and .png
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
+    threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
+
+
+@dataclass
+class Model:
+    """A trained network with frozen averaged weights, and the settings that its checkpoint carries."""
+    network: UNet3D
+    data: DataConfig
+    diffusion: DiffusionConfig
+    text: TextConfig
+    device: torch.device
+
+
+@dataclass
+class Given:
+    """What is known before sampling: x where the frame is known; low, small frames, where the frame is low_known."""
+    x: Tensor  # (B, C, T, H, W), zero where unknown
+    known: Tensor  # (T,) bool
+    low: Tensor | None = None  # (B, C, T, H / scale, W / scale), zero where unknown
+    low_known: Tensor | None = None  # (T,) bool
+
+    def block(self, where: slice) -> "Given":
+        low = (None, None) if self.low is None else (self.low[:, :, where], self.low_known[where])
+        return Given(self.x[:, :, where], self.known[where], *low)
+
+
+# ---- from a checkpoint to a denoiser -----------------------------------------------------------------------------
+
+
+def find(path: str) -> Path:
+    """The checkpoint meant by a file, a run's folder, or "": the newest run's, else the first in pretrained/."""
+    if path:
+        return checkpoint.newest(Path(path)) if Path(path).is_dir() else Path(path)
+    shipped = sorted((Path(__file__).parent / "pretrained").glob("*.pt"))
+    runs = [folder for folder in Path("runs").glob("*") if any(folder.glob("checkpoint_*.pt"))]
+    if not runs and not shipped:
+        raise ValueError("there is no checkpoint in runs/ or pretrained/; train one with "
+                         "python train.py --dataset moving_mnist, or name one with --checkpoint")
+    return checkpoint.newest(*runs) if runs else shipped[0]
+
+
+def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+    """The model in a checkpoint, EMA weights, no gradients, and the settings it was trained with."""
+    content = checkpoint.load(path)
+    try:
+        settings = content["settings"]
+        data, unet, diffusion, text = (kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)})
+                                       for kind in (DataConfig, UNetConfig, DiffusionConfig, TextConfig))
+        network = UNet3D(unet)
+        network.load_state_dict(content["ema"])
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{path} holds no model that this version can build") from None
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
+    return Model(network, data, diffusion, text, device), settings
+
+
+def text_guided(model: Model, s: SampleConfig) -> Denoiser:
+    """The model's denoiser for --text, with classifier-free guidance of weight --w; c = 0 without a text."""
+    if not s.text:
+        return denoiser(model.network, model.diffusion)
+    cond = embed([s.text] * s.num, model.text).to(model.device)
+    return classifier_free(denoiser(model.network, model.diffusion, cond),
+                           denoiser(model.network, model.diffusion), s.w)
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------------
+
+
+def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
+    """The video (B, C, T, H, W): block after block, what is drawn being given to the next (block-autoregression)."""
+    generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s)
+    length = model.network.config.frames
+    starts = block_starts(given.known, length, overlap(model, s))
+    calls = s.steps if not s.delta else 2 * s.steps - 1
+    video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)
+    with tqdm(total=len(starts) * calls, unit=" calls", desc=s.mode) as bar:
+        for start in starts:
+            where = slice(start, start + length)
+            video.x[:, :, where] = draw(counted(denoise, bar), video.block(where), model, s, generator)
+            video.known[where] = True
+    return video.x
+
+
+def overlap(model: Model, s: SampleConfig) -> int:
+    """The frames that predict is given and that blocks share."""
+    return s.overlap or max(1, model.network.config.frames // 2)
+
+
+def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
+    """Where the blocks of a video begin: each shares its first frames, overlap or more, with those before it."""
+    total, prefix = len(known), int(known.int().cumprod(0).sum())
+    starts = [max(0, min(prefix - overlap, total - length))]
+    while starts[-1] + length < total:
+        starts.append(min(starts[-1] + length - overlap, total - length))
+    return starts
+
+
+def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, generator: torch.Generator) -> Tensor:
+    """One block: what is given guides the denoiser, known frames are replaced as well, then the sampler runs."""
+    known, constrain = given.known[:, None, None], identity
+    if known.any():
+        constrain = replacement(given.x.clone(), known, generator)
+    if given.low is not None or known.any() and s.method == "reconstruction":
+        denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
+                                        lambda x: seen(given, s, x, smaller(x, s.scale)), s.w_r)
+    logsnrs = schedule(torch.linspace(1, 0, s.steps + 1, dtype=torch.float64), model.diffusion).to(model.device)
+    z = noise_like(given.x, generator)
+    if s.sampler == "ancestral":
+        return sample(clipped(denoise), z, logsnrs, s.gamma, s.delta, constrain, generator)
+    return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](clipped(denoise), z, logsnrs, constrain)
+
+
+def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:
+    """The part of a video that is given, flat (B, n): its known frames, and its low_known frames made small."""
+    parts = [video * given.known[:, None, None]]
+    if given.low is not None:
+        # Paper: no factor. With it pooling has norm 1 and w_r means in space what it means in time (w_r / scale^2)
+        parts.append(s.scale * small * given.low_known[:, None, None])
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def counted(denoise: Denoiser, bar: tqdm) -> Denoiser:
+    """The denoiser, moving the progress bar at each call."""
+    def call(z: Tensor, logsnr: Tensor) -> Tensor:
+        bar.update()
+        return denoise(z, logsnr)
+    return call
+
+
+# ---- the modes: what is given ------------------------------------------------------------------------------------
+
+
+def generate(model: Model, s: SampleConfig) -> Given:
+    """Nothing."""
+    return nothing(model, s, s.frames or model.network.config.frames)
+
+
+def predict(model: Model, s: SampleConfig) -> Given:
+    """The first --overlap frames (Eq. 7)."""
+    k = overlap(model, s)
+    return show(generate(model, s), slice(0, k), source(model, s, k))
+
+
+def extend(model: Model, s: SampleConfig) -> Given:
+    """Nothing, or the whole --input; four times the model's length is drawn block after block (Table 6)."""
+    given = nothing(model, s, s.frames or 4 * model.network.config.frames)
+    if not s.input:
+        return given
+    x = source(model, s, 0)
+    if x.shape[2] >= len(given.known):
+        raise ValueError(f"--input {s.input} has {x.shape[2]} frames already; --frames must be more")
+    return show(given, slice(0, x.shape[2]), x)
+
+
+def interpolate(model: Model, s: SampleConfig) -> Given:
+    """Every --stride-th frame, from a slow clip (Eq. 7)."""
+    x, frames = slow_clip(model, s)
+    return show(nothing(model, s, frames), slice(None, None, s.stride), x)
+
+
+def super_resolve(model: Model, s: SampleConfig) -> Given:
+    """All frames, --scale times smaller (Eq. 8)."""
+    x = source(model, s, s.frames or (0 if s.input else model.network.config.frames))
+    return show_small(nothing(model, s, x.shape[2]), 1, smaller(x, s.scale))
+
+
+def cascade(model: Model, s: SampleConfig) -> Given:
+    """Every --stride-th frame, --scale times smaller: both observations at once (figure 2)."""
+    if not s.base:
+        x, frames = slow_clip(model, s)
+        return show_small(nothing(model, s, frames), s.stride, smaller(x, s.scale))
+    base, _ = load_model(find(s.base), model.device)
+    check(base, s)
+    small, large = base.network.config, model.network.config
+    if (small.size * s.scale, small.channels) != (large.size, large.channels):
+        raise ValueError(f"--base draws {small.channels} x {small.size} px frames, but --scale {s.scale} needs "
+                         f"{large.channels} x {large.size // s.scale} px")
+    x = fill(base, s, nothing(base, s, (s.frames - 1) // s.stride + 1 if s.frames else small.frames))
+    return show_small(nothing(model, s, s.frames or (x.shape[2] - 1) * s.stride + 1), s.stride, x)
+
+
+def nothing(model: Model, s: SampleConfig, frames: int) -> Given:
+    """A video of which no frame is known."""
+    unet = model.network.config
+    x = torch.zeros(s.num, unet.channels, frames, unet.size, unet.size, device=model.device)
+    return Given(x, torch.zeros(frames, dtype=torch.bool, device=model.device))
+
+
+def show(given: Given, where: slice, x: Tensor) -> Given:
+    """given, with the frames x (B, C, n, H, W) known at where."""
+    given.x[:, :, where], given.known[where] = x.to(given.x.device), True
+    return given
+
+
+def show_small(given: Given, stride: int, small: Tensor) -> Given:
+    """given, with every stride-th frame seen as small (B, C, n, H / scale, W / scale)."""
+    given.low = torch.zeros(*given.x.shape[:3], *small.shape[3:], device=given.x.device)
+    given.low_known = torch.zeros_like(given.known)
+    given.low[:, :, ::stride], given.low_known[::stride] = small.to(given.x.device), True
+    return given
+
+
+def smaller(x: Tensor, scale: int) -> Tensor:
+    """The video with each scale x scale square of pixels averaged into one."""
+    return nnf.avg_pool3d(x, (1, scale, scale))
+
+
+def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
+    """One frame in --stride (B, C, n, H, W), from the input or the test split, and the frames of the whole video."""
+    frames = s.frames or (0 if s.input else model.network.config.frames)
+    x = source(model, s, (frames - 1) // s.stride + 1 if frames else 0, s.stride)
+    return x, frames or (x.shape[2] - 1) * s.stride + 1
+
+
+def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
+    """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
+    if not s.input:
+        data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
+                                   frame_stride=model.data.frame_stride * stride)
+        return next(batches(data, s.num, s.seed))[0]
+    x = load_video(s.input, model.data.size, model.data.channels)
+    if x.shape[1] < frames:
+        raise ValueError(f"--input {s.input} has {x.shape[1]} frames, {frames} are needed")
+    return x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1)
+
+
+# ---- the program -------------------------------------------------------------------------------------------------
+
+
+def check(model: Model, s: SampleConfig) -> None:
+    """Raises ValueError, in one sentence, for settings that do not fit the model or each other."""
+    length, size, k = model.network.config.frames, model.network.config.size, overlap(model, s)
+    wrong = {
+        f"--overlap {k} must be less than the model's {length} frames": k >= length,
+        f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
+        "--text needs a model trained with captions, and this one is unconditional": s.text and not model.text.cond_dim,
+        "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
+        f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
+            (s.delta or s.gamma) and s.sampler != "ancestral",
+        f"--scale {s.scale} does not divide the model's {size} pixels": size % s.scale,
+        f"--method replacement replaces whole frames, and --mode {s.mode} is given small ones":
+            s.method == "replacement" and s.mode in ("super_resolve", "cascade"),
+        f"--base belongs to --mode cascade, not {s.mode}": s.base and s.mode != "cascade",
+    }
+    for sentence, holds in wrong.items():
+        if holds:
+            raise ValueError(sentence)
+
+
+def main() -> None:
+    """Loads, draws, writes."""
+    s, = config.parse(SampleConfig)
+    machine, path = start(s.device, s.precision, s.threads), find(s.checkpoint)
+    model, trained = load_model(path, machine.device)
+    s, = config.parse(SampleConfig, defaults=lambda given: config.SAMPLING.get(trained["preset"], {}) if "sampler" not in given else {})
+    check(model, s)
+    print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px")
+    mode = {"generate": generate, "predict": predict, "extend": extend, "interpolate": interpolate,
+            "super_resolve": super_resolve, "cascade": cascade}[s.mode]
+    with machine.autocast():
+        given = mode(model, s)
+        video = fill(model, s, given)
+    marks = given.known if given.low is None else given.known | given.low_known
+    for written in save_video(video, free_name(Path(s.out), s.mode), known=marks):
+        print(written)
+
+
+def free_name(folder: Path, mode: str) -> Path:
+    """folder/mode_001, or the first number that is not taken: no sample is overwritten."""
+    number = 1
+    while (folder / f"{mode}_{number:03d}.gif").exists():
+        number += 1
+    return folder / f"{mode}_{number:03d}"
+
+
+if __name__ == "__main__":
+    config.run(main)
