@@ -1,8 +1,7 @@
-"""The oracle of the other tests: Gaussian videos, whose denoiser, marginals and conditionals are known exactly.
+"""The oracle of the other tests: Gaussian videos, whose denoiser, marginals and conditionals are known.
 
-With a Gaussian's denoiser every sampler and every linear guidance is an affine map of its start and of the noises it
-draws, so law() reads off the exact distribution of the result: nothing here is estimated from samples, but for
-the tests of the oracle itself.
+With a Gaussian's denoiser every sampler and every linear guidance is an affine map of its start and of the
+noises it draws, so law() reads off the exact distribution of the result: nothing is estimated from samples.
 """
 import math
 from collections.abc import Callable
@@ -30,7 +29,7 @@ def signal_and_noise(logsnr: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Gaussian:
-    """Videos of one shape (C, F, H, W), normally distributed: mean (D,) and cov (D, D) of the flattened video."""
+    """Normally distributed videos of shape (C, F, H, W): mean (D,) and cov (D, D) of the flattened video."""
     mean: Tensor
     cov: Tensor
     shape: tuple[int, ...]
@@ -58,7 +57,7 @@ class Gaussian:
         return Gaussian(self.denoise(z, logsnr).flatten(), cov, self.shape)
 
     def given(self, known: Tensor, value: Tensor) -> "Gaussian":
-        """The distribution of the flat entries ~known given that those where known (D,) are those of value (D,)."""
+        """The distribution of the flat entries ~known when those where known (D,) are value's, (D,)."""
         joint, weights = self.cov, self.cov[~known][:, known] @ torch.linalg.inv(self.cov[known][:, known])
         mean = self.mean[~known] + weights @ (value - self.mean)[known]
         return Gaussian(mean, joint[~known][:, ~known] - weights @ joint[known][:, ~known], (len(mean),))
@@ -69,7 +68,8 @@ class Gaussian:
 
     def samples(self, number: int, seed: int = 0) -> Tensor:
         """Videos (number, C, F, H, W)."""
-        noise = torch.randn(number, len(self.mean), dtype=FLOAT, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(number, len(self.mean), dtype=FLOAT, generator=generator)
         return (self.mean + noise @ torch.linalg.cholesky(self.cov).T).view(number, *self.shape)
 
 
@@ -80,8 +80,9 @@ def correlation(length: int, rho: float) -> Tensor:
 
 
 def autoregressive(frames: int = 4, size: int = 2, rho: float = 0.9) -> Gaussian:
-    """Videos (1, frames, size, size): correlated over frames and over pixels, variance 0.5, mean rising in time."""
-    cov = 0.5 * torch.kron(correlation(frames, rho), torch.kron(correlation(size, 0.6), correlation(size, 0.6)))
+    """Videos (1, frames, size, size), correlated over frames and pixels, variance 0.5, mean rising."""
+    pixels = torch.kron(correlation(size, 0.6), correlation(size, 0.6))
+    cov = 0.5 * torch.kron(correlation(frames, rho), pixels)
     return Gaussian(torch.linspace(-0.3, 0.5, len(cov), dtype=FLOAT), cov, (1, frames, size, size))
 
 
@@ -94,7 +95,7 @@ def white(shape: tuple[int, ...] = (1, 4, 2, 2)) -> Gaussian:
 def law(run: Callable[[Tensor], Tensor], start: Gaussian) -> Gaussian:
     """The exact distribution of run(z), z from start, for a run affine in z and in every noise_like it draws.
 
-    run sees a batch: the mean, then a unit deviation of z or of one noise in one direction for each other clip.
+    run sees a batch: the mean, then one clip for each direction in which z or one of the noises can deviate.
     """
     dim, draws, root = len(start.mean), _draws(run, start), torch.linalg.cholesky(start.cov).T
     z = start.mean.repeat(1 + dim * (1 + draws), 1)
@@ -132,10 +133,10 @@ def test_the_denoiser_and_the_marginal_agree_with_integration_over_a_grid():
     for logsnr in (level(-2.0), level(0.5), level(3.0)):
         alpha, sigma = signal_and_noise(logsnr)
         weights = (data.log_prob(videos) - ((z - alpha * videos) / sigma).square().sum(1) / 2).exp()
-        x_hat, posterior = (weights[:, None] * videos).sum(0) / weights.sum(), data.posterior(z.view(1, 1, 2, 1, 1), logsnr)
+        x_hat = (weights[:, None] * videos).sum(0) / weights.sum()
         cov = torch.einsum("n,ni,nj->ij", weights, videos - x_hat, videos - x_hat) / weights.sum()
-        torch.testing.assert_close(posterior.mean, x_hat)
-        torch.testing.assert_close(posterior.cov, cov)
+        posterior = data.posterior(z.view(1, 1, 2, 1, 1), logsnr)
+        torch.testing.assert_close((posterior.mean, posterior.cov), (x_hat, cov))
         density = weights.sum() * area / (2 * math.pi * sigma**2)
         torch.testing.assert_close(data.marginal(logsnr).log_prob(z), density.log())
 

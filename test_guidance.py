@@ -1,5 +1,6 @@
 """Guidance against Gaussian videos: Eqs. 6, 7 and 8 in closed form, and the conditionals they stand for."""
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -34,8 +35,7 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def bilinear(x: Tensor) -> Tensor:
-    small = interpolate(x.flatten(1, 2), scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True)
-    return small.flatten(1)
+    return interpolate(x.flatten(1, 2), scale_factor=0.5, mode="bilinear", antialias=True).flatten(1)
 
 
 def frames_and_pooled(x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def test_the_missing_term_has_the_factor_sigma_squared_over_alpha_and_no_other(l
     posterior = DATA.posterior(z, logsnr)
     known = Gaussian(posterior.mean[FLAT], posterior.cov[FLAT][:, FLAT], ())
     grad, = torch.autograd.grad(known.log_prob(x_a[FLAT]), z)
-    x_hat_b, exact = DATA.denoise(z.detach(), logsnr).flatten()[~FLAT], posterior.given(FLAT, x_a).mean.detach()
+    x_hat_b, exact = posterior.mean[~FLAT].detach(), posterior.given(FLAT, x_a).mean.detach()
 
     def error(factor: Tensor) -> float:
         return float((x_hat_b + factor * grad.flatten()[~FLAT] - exact).abs().max())
@@ -113,7 +113,8 @@ def test_with_the_true_covariance_guidance_is_the_conditional_denoiser(observe: 
     logsnr = level(logsnr)
     a, (alpha, sigma) = matrix(observe, DATA.shape), signal_and_noise(logsnr)
     z, y = noisy(DATA, logsnr), observe(DATA.samples(1, seed=2))
-    uncertainty = a @ DATA.posterior(z[:1], logsnr).cov @ a.T  # the paper puts (sigma / alpha)^2 I in its place
+    # The paper puts (sigma / alpha)^2 I in the place of this covariance of A x given z.
+    uncertainty = a @ DATA.posterior(z[:1], logsnr).cov @ a.T
     whiten = sigma / alpha * torch.linalg.inv(torch.linalg.cholesky(uncertainty)).T
     guided = reconstruction_guided(DATA.denoise, y @ whiten, lambda x: observe(x) @ whiten, 1.0)
     expected = conditional_denoiser(DATA, a, y[0])(z, logsnr)
@@ -138,11 +139,12 @@ def test_guidance_adds_the_transposed_jacobian_of_the_observed_residual(
 
 @pytest.mark.parametrize("observe", OBSERVATIONS)
 def test_guidance_strength_does_not_depend_on_batch_size(observe: Callable):
-    logsnr, y = level(1.0), observe(DATA.samples(5, seed=2))
-    z = noisy(DATA, logsnr, number=5)
-    together = reconstruction_guided(DATA.denoise, y, observe, 2.0)(z, logsnr)
-    alone = [reconstruction_guided(DATA.denoise, y[i:i + 1], observe, 2.0)(z[i:i + 1], logsnr) for i in range(5)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+    def guided(z: Tensor, y: Tensor) -> Tensor:
+        return reconstruction_guided(DATA.denoise, y, observe, 2.0)(z, level(1.0))
+
+    z, y = noisy(DATA, level(1.0), number=5), observe(DATA.samples(5, seed=2))
+    alone = [guided(*clip) for clip in zip(z.split(1), y.split(1))]
+    torch.testing.assert_close(guided(z, y), torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
 def test_guidance_differentiates_through_both_denoisers_of_classifier_free_guidance():
@@ -152,13 +154,14 @@ def test_guidance_differentiates_through_both_denoisers_of_classifier_free_guida
     both = classifier_free(DATA.denoise, OTHER.denoise, w)
     x_hat = both(z, logsnr).flatten(1)
     expected = x_hat + 1.5 * alpha * (y - x_hat @ a.T) @ a @ gain
-    torch.testing.assert_close(reconstruction_guided(both, y, first_frames, 1.5)(z, logsnr).flatten(1), expected)
+    guided = reconstruction_guided(both, y, first_frames, 1.5)(z, logsnr)
+    torch.testing.assert_close(guided.flatten(1), expected)
 
 
 @pytest.mark.parametrize("observe, eigenvalue", [(first_frames, 1), (pooled, 1 / 4)])
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0, 3.0])
-def test_at_high_snr_the_observed_residual_is_multiplied_by_one_minus_w_r_times_the_eigenvalue_of_a_a_transposed(
-        observe: Callable, eigenvalue: float, strength: float):
+def test_at_high_snr_guidance_multiplies_the_residual_by_one_minus_w_r_times_the_eigenvalue(
+        observe: Callable, eigenvalue: float, strength: float):  # of A A^T
     logsnr, y = level(16.0), observe(DATA.samples(3, seed=2))
     z = noisy(DATA, logsnr)
     guided = reconstruction_guided(DATA.denoise, y, observe, strength / eigenvalue)(z, logsnr)
@@ -168,8 +171,8 @@ def test_at_high_snr_the_observed_residual_is_multiplied_by_one_minus_w_r_times_
 
 def test_known_first_frames_steer_the_first_frames_and_not_the_last():
     data, first = autoregressive(frames=8, size=1, rho=0.5), torch.arange(8).view(1, 1, 8, 1, 1) < 1
-    z, logsnr, x_a = torch.zeros(1, 1, 8, 1, 1, dtype=FLOAT), level(2.0), torch.ones(1, 1, 8, 1, 1, dtype=FLOAT)
-    guided = reconstruction_guided(data.denoise, x_a * first, lambda x: x * first, 1.0)(z, logsnr)
+    z, logsnr = torch.zeros(1, 1, 8, 1, 1, dtype=FLOAT), level(2.0)
+    guided = reconstruction_guided(data.denoise, 1.0 * first, lambda x: x * first, 1.0)(z, logsnr)
     shift = (guided - data.denoise(z, logsnr)).flatten()
     assert shift[0] > 0.2 and (shift.diff() < 0).all() and shift[-1] < 0.01 * shift[0]
 
@@ -194,7 +197,8 @@ def test_guidance_differentiates_with_respect_to_z_alone_and_leaves_no_graph(fro
     model, z = Linear(logsnr).requires_grad_(not frozen), noisy(DATA, logsnr).requires_grad_(graph)
     with torch.set_grad_enabled(graph):
         guided = reconstruction_guided(model, y, first_frames, 1.0)(z, logsnr)
-    assert not guided.requires_grad and z.requires_grad == graph and z.grad is None and model.gain.grad is None
+    assert not guided.requires_grad and z.requires_grad == graph
+    assert z.grad is None and model.gain.grad is None
     with torch.no_grad():
         assert not torch.allclose(guided, model(z, logsnr))
 
@@ -231,7 +235,7 @@ def test_replacement_draws_the_known_frames_from_their_marginal_and_leaves_the_o
 def test_replacement_draws_anew_at_every_call():
     logsnr, constrain = level(0.0), replacement(DATA.samples(1), KNOWN)
     difference = law(lambda z: constrain(z, logsnr) - constrain(z, logsnr), DATA)
-    torch.testing.assert_close(difference.cov.diagonal(), torch.where(FLAT, 1.0, 0.0).double())  # twice sigma^2
+    torch.testing.assert_close(difference.cov.diagonal(), FLAT.to(FLOAT))  # twice sigma^2, and 0
 
 
 def test_replacement_follows_its_generator_and_broadcasts_its_mask():
@@ -254,21 +258,23 @@ def drawn(denoise: Callable, delta: float = 0.0, **more) -> Gaussian:
     return law(lambda z: sample(denoise, z, logsnrs, delta=delta, **more), white())
 
 
+@cache
 def infill_errors(w_r: float, delta: float) -> tuple[float, float]:
     """How far mean (root mean square over four x_a) and covariance of x^b are from those of q(x^b | x^a)."""
-    squares = []
+    exact_cov, squares = DATA.given(FLAT, DATA.mean).cov, []
     for x_a in DATA.samples(4, seed=3).split(1):
-        exact = DATA.given(FLAT, x_a.flatten())
         guided = reconstruction_guided(DATA.denoise, x_a * KNOWN, lambda x: x * KNOWN, w_r)
         video = drawn(guided, delta, constrain=replacement(x_a, KNOWN))
         torch.testing.assert_close(video.mean[FLAT], x_a.flatten()[FLAT], atol=1e-6, rtol=0)
-        squares.append((video.mean[~FLAT] - exact.mean).square().mean())
-    return float(torch.stack(squares).mean().sqrt()), float((video.cov[~FLAT][:, ~FLAT] - exact.cov).abs().max())
+        squares.append((video.mean[~FLAT] - DATA.given(FLAT, x_a.flatten()).mean).square().mean())
+    cov_error = (video.cov[~FLAT][:, ~FLAT] - exact_cov).abs().max()  # it does not depend on x_a
+    return float(torch.stack(squares).mean().sqrt()), float(cov_error)
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.1])
 def test_reconstruction_guidance_halves_the_errors_of_the_replacement_method(delta: float):
-    (replaced_mean, replaced_cov), (guided_mean, guided_cov) = infill_errors(0.0, delta), infill_errors(2.0, delta)
+    replaced_mean, replaced_cov = infill_errors(0.0, delta)
+    guided_mean, guided_cov = infill_errors(2.0, delta)
     assert guided_mean < 0.45 * replaced_mean and guided_cov < 0.45 * replaced_cov
     assert replaced_mean > 0.15  # of a standard deviation of 0.7: the replaced frames are not cohered with
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,12 +80,13 @@ def test_any_caption_has_an_embedding(caption):
     assert out.isfinite().all() and used(out) >= 1
 
 
-def test_other_processes_with_other_hash_seeds_make_the_same_embedding():
+def test_another_process_with_another_hash_seed_makes_the_same_embedding():
     code = ("from text import TextConfig, embed\n"
             "print(embed(['Three moves, left \u00e9'], TextConfig(cond_dim=12, tokens=6)).double().tolist())")
-    outputs = [subprocess.run([sys.executable, "-c", code], cwd=Path(text.__file__).parent, text=True, check=True,
-                              capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in "17"]
-    assert outputs[0] == outputs[1] == f"{one('Three moves, left é').double()[None].tolist()}\n"
+    other = {"PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(text.__file__).parent, text=True, check=True,
+                         capture_output=True, env=os.environ | other).stdout
+    assert out == f"{one('Three moves, left é').double()[None].tolist()}\n"
 
 
 def test_the_callers_random_numbers_are_left_alone():
@@ -132,9 +134,7 @@ def test_a_bert_that_cannot_be_loaded_is_one_sentence(failure, monkeypatch):
         def from_pretrained(name):
             raise failure
     text._load_bert.cache_clear()
-    monkeypatch.setitem(sys.modules, "transformers",
-                        type(sys)("transformers"))
-    sys.modules["transformers"].AutoModel = sys.modules["transformers"].AutoTokenizer = Broken
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoModel=Broken, AutoTokenizer=Broken))
     with pytest.raises(ValueError) as error:
         one("a red ball", TextConfig(encoder="bert", bert="some-bert"))
     assert one_sentence(error, "some-bert could not be loaded")

@@ -78,7 +78,8 @@ def nothing(i: int, j: int) -> float:
     return 0.0
 
 
-@pytest.mark.parametrize("trained, frames, num_images", [(4, 4, 0), (4, 3, 0), (4, 6, 2), (3, 7, 0), (2, 6, 2), (1, 3, 1)])
+@pytest.mark.parametrize("trained, frames, num_images", [
+    (4, 4, 0), (4, 3, 0), (4, 6, 2), (3, 7, 0), (2, 6, 2), (1, 3, 1)])
 def test_temporal_attention_is_shaws_sum_over_the_frames_that_are_seen(trained, frames, num_images):
     b, pixels, heads, d = 2, 2, 2, 3
     mix = wild(TemporalMix(small(frames=trained, head_dim=d)))
@@ -114,7 +115,9 @@ def test_an_attention_block_is_norm_heads_loop_projection_and_residual(mix):
     key = nothing if table is None else shaw_term(layer.mix.key_table, frames)
     value = nothing if table is None else shaw_term(layer.mix.value_table, frames)
     clips = [slice(0, frames), slice(frames, 2 * frames)]
-    groups = [(f, slice(None)) for f in range(2 * frames)] if table is None else [(c, n) for c in clips for n in range(6)]
+    groups = [(c, n) for c in clips for n in range(6)]  # at each pixel, over frames
+    if table is None:
+        groups = [(f, slice(None)) for f in range(2 * frames)]  # in each frame, over pixels
     for group in groups:
         for channels in (slice(0, d), slice(d, 2 * d)):  # two heads
             one = (*group, channels)
@@ -270,7 +273,8 @@ def test_the_network_knows_no_absolute_time():
     # Three temporal layers of reach 2: the clip's ends are felt 6 frames inwards, the event 6 frames outwards.
     model, length = same_far_away(network(frames=3, dim_mults=(1,))), 29
     still, event = noise(1, 2, 8, 8), noise(2, 2, 8, 8, seed=2)
-    before, after = (model(shifted(still, event, at, length).transpose(0, 1)[None], torch.tensor(1.0)) for at in (12, 15))
+    early, late = (shifted(still, event, at, length).transpose(0, 1)[None] for at in (12, 15))
+    before, after = model(early, torch.tensor(1.0)), model(late, torch.tensor(1.0))
     assert close(before[:, :, 6:-9], after[:, :, 9:-6])
     assert not close(before[:, :, 6:-9], after[:, :, 6:-9])
 
@@ -325,13 +329,14 @@ def test_attention_pooling_is_a_weighted_mean_for_each_query():
 
 def test_a_log_snr_without_dimensions_holds_for_every_clip():
     model, (z, _, cond) = network(), inputs()
-    assert torch.equal(model(z, torch.tensor(1.5), cond, IMAGES), model(z, torch.full((2, 1, 1, 1, 1), 1.5), cond, IMAGES))
-    double = torch.tensor(1.5, dtype=torch.float64)  # samplers keep their log-SNR in float64
-    assert close(model(z, torch.tensor(1.5), cond, IMAGES), model(z, double, cond, IMAGES))
+    out = model(z, torch.tensor(1.5), cond, IMAGES)
+    assert torch.equal(out, model(z, torch.full((2, 1, 1, 1, 1), 1.5), cond, IMAGES))
+    # samplers keep their log-SNR in float64
+    assert close(out, model(z, torch.tensor(1.5, dtype=torch.float64), cond, IMAGES))
 
 
-@pytest.mark.parametrize("logsnr, u", [(0.0, 0.5), (20.0, 2.89024e-5), (-20.0, 0.9999711), (-2 * math.log(math.tan(0.3)),
-                                                                                          0.3 / (math.pi / 2))])
+@pytest.mark.parametrize("logsnr, u", [
+    (0.0, 0.5), (20.0, 2.89024e-5), (-20.0, 0.9999711), (-2 * math.log(math.tan(0.3)), 0.3 / (math.pi / 2))])
 def test_the_log_snr_enters_as_sines_and_cosines_of_1000_u(logsnr, u):
     embedding = Embedding(small(emb_dim=10))
     embedding.mlp = nn.Identity()
@@ -392,7 +397,8 @@ def maps(config: UNetConfig, kind: type[nn.Module], num_images: int = 0) -> list
 
 @pytest.mark.parametrize("config, heights", [
     (UNetConfig(), [32] * 2 + [16] * 2 + [8] * 2 + [8] + [8] * 2 + [16] * 2 + [32] * 2),  # the paper's, 64 px
-    (UNetConfig(size=128, dim_mults=(1, 2, 4, 8, 16)), [32] * 2 + [16] * 2 + [8] * 2 + [8] + [8] * 2 + [16] * 2 + [32] * 2),
+    (UNetConfig(size=128, dim_mults=(1, 2, 4, 8, 16)),
+     [32] * 2 + [16] * 2 + [8] * 2 + [8] + [8] * 2 + [16] * 2 + [32] * 2),
     (UNetConfig(size=32, dim_mults=(1, 1, 1), blocks=1, attention_resolutions=(16,)), [16, 8, 16]),
     (UNetConfig(size=32, dim_mults=(1, 2), blocks=1, attention_resolutions=()), [16]),
     (UNetConfig(size=32, dim_mults=(1, 1), blocks=1, attention_resolutions=(16,), patch=2), [16, 8, 16])])
@@ -456,7 +462,8 @@ def test_a_size_that_the_levels_cannot_halve_is_one_sentence(changes):
 
 @pytest.mark.parametrize("changes", [dict(dim=9), dict(dim=24, head_dim=20), dict(dim=8, head_dim=64), dict(emb_dim=9),
                                      dict(emb_layers=1), dict(cond_dim=0), dict(cond_dim=1), dict(frames=1),
-                                     dict(blocks=2), dict(patch=2), dict(dim_mults=(1,)), dict(attention_resolutions=())])
+                                     dict(blocks=2), dict(patch=2), dict(dim_mults=(1,)),
+                                     dict(attention_resolutions=())])
 def test_every_allowed_configuration_runs(changes):
     model, z = network(**dict(dim=16) | changes), noise(1, 2, 3, 8, 8)
     cond = noise(1, 4, model.config.cond_dim) if model.config.cond_dim else None

@@ -1,0 +1,247 @@
+"""Checkpoints come back as they were written, or as one sentence: whatever happened to the file in between."""
+import copy
+import os
+import pickle
+import random
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+
+CONTENT = {"model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor(1.5)}, "settings": {"lr": 1e-3,
+           "name": "é", "dim_mults": (1, 2), "flip": True, "none": None}, "step": 3}
+
+
+def equal(a, b) -> bool:
+    """Equal in types, shapes and bits, all the way down."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def refused(path: Path) -> bool:
+    """Whether loading raises the one sentence; anything but a plain ValueError goes through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            checkpoint.load(path)
+        except ValueError as error:
+            assert type(error) is ValueError and str(path) in str(error) and "\n" not in str(error)
+            return True
+    return False
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "checkpoint_00000003.pt"
+    checkpoint.save(path, CONTENT)
+    return path
+
+
+# ---- there and back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [
+    CONTENT, {}, {"deep": {"list": [1, (2.5, {"x": [torch.ones(2)]})], "empty": [{}, [], ()]}},
+    {"scalar": torch.tensor(3), "empty": torch.zeros(0), "flat": torch.zeros(8, 0)},
+    {"bf16": torch.randn(5).bfloat16(), "half": torch.randn(5).half(), "double": torch.randn(5).double()},
+    {"bool": torch.tensor([True, False]), "bytes": torch.arange(9).byte(), "long": torch.tensor([2**62])},
+    {"slice": torch.arange(9.0)[2:4], "turned": torch.arange(6.0).view(2, 3).T,
+     "one row": torch.ones(1, 3).expand(4, 3)},
+    {"channels_last": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)},
+    {0: {1: "int keys"}, "big": 2**80, "tiny": 5e-324, "inf": float("inf"), "text": "a\nb"}])
+def test_what_was_saved_is_loaded(content, tmp_path):
+    checkpoint.save(tmp_path / "x.pt", content)
+    assert equal(checkpoint.load(tmp_path / "x.pt"), content)
+
+
+def test_a_trained_network_and_its_optimizer_are_loaded(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 1, 4, 4)).square().sum().backward()
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint.save(tmp_path / "x.pt", content)
+    loaded = checkpoint.load(tmp_path / "x.pt")
+    assert equal(loaded["optimizer"], content["optimizer"]) and equal(dict(loaded["model"]), dict(content["model"]))
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def test_parameters_are_saved_without_their_graph(tmp_path):
+    checkpoint.save(tmp_path / "x.pt", {"w": nn.Parameter(torch.ones(3))})
+    assert torch.equal(checkpoint.load(tmp_path / "x.pt")["w"], torch.ones(3))
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    checkpoint.save(str(tmp_path / "x.pt"), CONTENT)
+    assert equal(checkpoint.load(str(tmp_path / "x.pt")), CONTENT)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["model"]["weight"].__setitem__((0, 0), 1e-30), lambda c: c.update(step=4),
+    lambda c: c["model"].update(bias=torch.tensor([1.5])), lambda c: c["model"].update(bias=torch.tensor(1.5).double()),
+    lambda c: c["settings"].update(lr=2e-3), lambda c: c["settings"].update(name="e"), lambda c: c.update(more=0),
+    lambda c: c["settings"].update(dim_mults=(1, 2, 2)), lambda c: c["model"].update(weights=c["model"].pop("weight"))])
+def test_the_checksum_sees_every_change(change):
+    other = copy.deepcopy(CONTENT)
+    assert checkpoint.checksum(other) == checkpoint.checksum(CONTENT)
+    change(other)
+    assert checkpoint.checksum(other) != checkpoint.checksum(CONTENT)
+
+
+# ---- written whole or not at all ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["torch.save", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_while_saving_leaves_the_old_file_and_nothing_else(where, error, saved, monkeypatch):
+    def fails(*args):
+        if where == "torch.save":
+            args[1].write(b"half of it")
+        raise error
+    monkeypatch.setattr(where, fails)
+    with pytest.raises(type(error)):
+        checkpoint.save(saved, {"step": 4})
+    monkeypatch.undo()
+    assert os.listdir(saved.parent) == [saved.name] and equal(checkpoint.load(saved), CONTENT)
+
+
+def test_the_file_is_complete_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda file: (events.append("fsync"), fsync(file)))
+    monkeypatch.setattr("os.replace", lambda a, b: (events.append(Path(b).exists()), replace(a, b)))
+    checkpoint.save(tmp_path / "x.pt", CONTENT)
+    assert events == ["fsync", False] and os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_a_file_that_is_being_written_is_not_taken_for_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda file: names.extend(tmp_path.glob("checkpoint_*.pt")))
+    names = []
+    checkpoint.save(tmp_path / "checkpoint_1.pt", CONTENT)
+    assert names == []
+
+
+def test_saving_again_replaces_the_file(saved):
+    checkpoint.save(saved, {"step": 4})
+    assert checkpoint.load(saved) == {"step": 4}
+
+
+# ---- damaged, foreign and hostile files --------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
+    assert refused(tmp_path / "nothing.pt") and refused(tmp_path)
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\0" * 4096, b"<!DOCTYPE html><html>Not found</html>", b"version https://git-lfs", b"PK\x03\x04",
+    b"PK\x05\x06" + b"\0" * 18, b"\x1f\x8b\x08\x00", b"GIF89a", b"{}", b"N.", b"\x80\x04\x95", b"\x80\x02}q\x00.",
+    b"(", b"S", b"M", b"QK\x03\x04", b"a", b"]."])
+def test_a_file_of_another_kind_is_one_sentence(data, tmp_path):
+    (tmp_path / "x.pt").write_bytes(data)
+    assert refused(tmp_path / "x.pt")
+
+
+def test_random_bytes_are_one_sentence(tmp_path):
+    generator = random.Random(0)
+    for number in range(100):
+        head = generator.choice([b"", b"\x80\x02", b"PK\x03\x04"])
+        (tmp_path / "x.pt").write_bytes(head + generator.randbytes(number))
+        assert refused(tmp_path / "x.pt")
+
+
+def test_a_truncated_checkpoint_is_one_sentence(saved):
+    whole = saved.read_bytes()
+    for length in range(0, len(whole), len(whole) // 40):
+        saved.write_bytes(whole[:length])
+        assert refused(saved)
+
+
+def test_a_flipped_byte_is_harmless_or_one_sentence(saved):
+    whole, found = saved.read_bytes(), 0
+    for position in [*range(0, len(whole), len(whole) // 60), *range(200, 220)]:  # the latter: the pickle's head
+        for flip in (0x01, 0xFF):
+            damaged = bytearray(whole)
+            damaged[position] ^= flip
+            saved.write_bytes(damaged)
+            if refused(saved):
+                found += 1
+            else:  # padding, or a field of the archive that nothing reads
+                assert equal(checkpoint.load(saved), CONTENT)
+    assert found > 20
+
+
+def test_a_changed_weight_is_caught_by_the_checksum(saved):
+    whole = saved.read_bytes()
+    weight = CONTENT["model"]["weight"].numpy().tobytes()
+    assert whole.count(weight) == 1
+    saved.write_bytes(whole.replace(weight, weight[:-1] + b"\x41"))
+    with pytest.raises(ValueError, match="is damaged: its content does not match its checksum$"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("stored", [{"content": {"step": 1}}, {"sha256": "0"}, {"content": {"step": 1}, "sha256": "0"},
+                                    [1, 2], torch.ones(3), "text", None, 3, {"content": None, "sha256": None}])
+def test_a_file_by_torch_save_that_is_no_checkpoint_is_one_sentence(stored, tmp_path):
+    torch.save(stored, tmp_path / "x.pt")
+    assert refused(tmp_path / "x.pt")
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path):
+    hostile, path = {"content": Hostile(tmp_path / "harm"), "sha256": "0"}, tmp_path / "x.pt"
+    pickle.loads(pickle.dumps(hostile))
+    assert (tmp_path / "harm").exists()  # it is hostile
+    (tmp_path / "harm").unlink()
+    torch.save(hostile, path) if zipped else path.write_bytes(pickle.dumps(hostile))
+    assert refused(path) and not (tmp_path / "harm").exists()
+
+
+# ---- the newest, and names of parameters -------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
+    for age, name in enumerate(["a/checkpoint_00000002.pt", "b/checkpoint_00000001.pt", "b/other.pt"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (age, age))
+    assert checkpoint.newest(tmp_path / "a", tmp_path / "b") == tmp_path / "b/checkpoint_00000001.pt"
+    assert checkpoint.newest(tmp_path / "a") == tmp_path / "a/checkpoint_00000002.pt"
+
+
+def test_a_folder_without_a_checkpoint_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        checkpoint.newest(tmp_path)
+    with pytest.raises(ValueError):
+        checkpoint.newest(tmp_path / "missing")
+
+
+def test_the_prefixes_of_wrappers_are_taken_off_the_names():
+    state = OrderedDict({"module.a.weight": 1, "_orig_mod.b": 2, "module._orig_mod.module.c": 3, "d.module.e": 4,
+                         "f._orig_mod.g": 5, "modules.h": 6, "n_averaged": 7})
+    assert checkpoint.plain_keys(state) == {"a.weight": 1, "b": 2, "c": 3, "d.module.e": 4, "f._orig_mod.g": 5,
+                                            "modules.h": 6}
+
+
+def test_averaged_weights_fit_the_plain_network():
+    model = nn.Sequential(nn.Linear(2, 2))
+    averaged = torch.optim.swa_utils.AveragedModel(nn.DataParallel(model))
+    model.load_state_dict(checkpoint.plain_keys(averaged.state_dict()))
