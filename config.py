@@ -21,7 +21,7 @@ _PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), b
 _TEXT = _PAPER | dict(encoder="bert", cond_dim=1024, tokens=64)
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours: what a laptop trains in two hours, and a GPU in one. Everything below them is the paper's.
+    # Ours: for a CPU (about two hours on two cores) and for one GPU. Everything below them is the paper's.
     "cpu": dict(size=32, digits=1, dim=64, dim_mults=(1, 2, 4), blocks=1, patch=2, attention_resolutions=(8, 4),
                 head_dim=32, emb_dim=256, emb_layers=2, num_images=2, noise_shift=3.0, lr=8e-4, warmup=150,
                 decay="cosine", batch_size=4, ema=0.999, steps=20_000),

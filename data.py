@@ -22,9 +22,11 @@ from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+Device = str | torch.device
 
 @dataclass(frozen=True)  # and so hashable: a folder is scanned once for each config
 class DataConfig:
+    """What to train on."""
     dataset: Literal["moving_mnist", "stochastic_moving_mnist", "video_folder"] = "moving_mnist"  # the videos
     data_dir: str = ""  # folder of clips, for video_folder alone
     split: Literal["train", "test"] = "train"  # half of the data: no test digit or clip is ever trained on
@@ -40,7 +42,8 @@ class DataConfig:
 # ---- the public stream -----------------------------------------------------------------------------------
 
 
-def batches(config: DataConfig, batch_size: int, seed: int, start=0, stride=1, device="cpu") -> Iterator:
+def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stride: int = 1,
+            device: Device = "cpu") -> Iterator[tuple[Tensor, list[list[str]]]]:
     """Batches start, start + stride, ...: x (B, C, F+K, H, W), and B lists of 1+K captions, the clip's and
     one for each of the K image frames at the end. Batch i depends on (config, seed, i) alone: a run resumes
     with start=i, rank r of n takes start=r, stride=n. ValueError: bad config, or no usable clip in data_dir.
@@ -54,8 +57,7 @@ def batches(config: DataConfig, batch_size: int, seed: int, start=0, stride=1, d
 
 def _batch(draw: Callable, config: DataConfig, b: int, seed: tuple[int, int], device) -> tuple[Tensor, list]:
     x, captions, truth = draw(config, b, _rng((*seed, 0)), device)
-    k = config.num_images
-    if k == 0:
+    if (k := config.num_images) == 0:
         return x, [[caption] for caption in captions]
     # A stream of random numbers of their own: the clips do not depend on the images.
     images, more, _ = draw(config, b * k, _rng((*seed, 1)), device, truth)
@@ -86,7 +88,7 @@ SHA256 = {
 DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down", "down right")
 
 
-def moving_mnist(config: DataConfig, n: int, seed, device="cpu") -> tuple[Tensor, list[str], dict]:
+def moving_mnist(config: DataConfig, n: int, seed: int | tuple, device: Device = "cpu") -> tuple:
     """n clips (n, C, F, H, W) of digits at constant speed between walls (Srivastava et al. 2015), captions,
     and the truth on the CPU: labels (n, digits) int64; positions (n, digits, F, 2), top-left (y, x) in
     pixels, floats truncated when pasted. seed: int or tuple of ints. FileNotFoundError: no intact MNIST file.
@@ -94,7 +96,7 @@ def moving_mnist(config: DataConfig, n: int, seed, device="cpu") -> tuple[Tensor
     return _digit_clips(replace(config, dataset="moving_mnist"), n, _rng(seed), device)
 
 
-def stochastic_moving_mnist(config: DataConfig, n: int, seed, device="cpu") -> tuple[Tensor, list[str], dict]:
+def stochastic_moving_mnist(config: DataConfig, n: int, seed: int | tuple, device: Device = "cpu") -> tuple:
     """As moving_mnist, but digits add up and leave walls at random velocities (SVG, Denton & Fergus 2018)."""
     return _digit_clips(replace(config, dataset="stochastic_moving_mnist"), n, _rng(seed), device)
 
@@ -109,8 +111,8 @@ def _digit_clips(config: DataConfig, n: int, rng: np.random.Generator, device, b
     positions, captions = motion(config, labels[chosen], config.size - side, rng)
     if beside is not None:  # single frames, to go beside other clips
         positions = np.take_along_axis(positions, rng.integers(0, config.frames, (n, 1, 1, 1)), axis=2)
-    mode = "area" if side <= 28 else "bilinear"
-    patches = interpolate(torch.from_numpy(images[chosen]).float(), (side, side), mode=mode).round().byte()
+    patches = torch.from_numpy(images[chosen]).float()
+    patches = interpolate(patches, side, mode="area" if side <= 28 else "bilinear").round().byte()
     pixels = _paste(patches.to(device), torch.from_numpy(positions).long().to(device), config.size, combine)
     truth = {"labels": torch.from_numpy(labels[chosen]).long(), "positions": torch.from_numpy(positions)}
     return repeat(_to_float(pixels), "n f h w -> n c f h w", c=config.channels), captions, truth
@@ -300,8 +302,7 @@ def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = image.convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels)
 
 

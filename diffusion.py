@@ -17,6 +17,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # (z, logsnr) -> x_hat, shaped li
 
 @dataclass
 class DiffusionConfig:
+    """The process, and what the network predicts."""
     prediction: Literal["eps", "v"] = "v"  # what the network predicts: the noise, or the velocity v
     logsnr_min: float = -20.0  # [-40, 0] log-SNR at t = 1
     logsnr_max: float = 20.0  # [0, 40] log-SNR at t = 0

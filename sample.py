@@ -26,6 +26,7 @@ from unet3d import UNet3D, UNetConfig
 
 @dataclass
 class SampleConfig:
+    """What to draw, and how."""
     mode: Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"] = "generate"  # see README
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else in pretrained/
     base: str = ""  # cascade: checkpoint of the small, slow model; without it a real clip is made small and slow
@@ -38,7 +39,7 @@ class SampleConfig:
     delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
     method: Literal["reconstruction", "replacement"] = "reconstruction"  # how the given frames steer the others
-    w_r: float = 2.0  # [0, 10000] weight of reconstruction guidance; in space stable below 2
+    w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10 for frames, 1 for small ones (stable < 2)
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
     overlap: int = 0  # [0, 1024] given frames of predict, and frames that blocks share; 0 is half the model's length
     stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
@@ -151,8 +152,9 @@ def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, generat
     if known.any():
         constrain = replacement(given.x.clone(), known, generator)
     if given.low is not None or known.any() and s.method == "reconstruction":
+        w_r = s.w_r or (10.0 if given.low is None else 1.0)
         denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
-                                        lambda x: seen(given, s, x, smaller(x, s.scale)), s.w_r)
+                                        lambda x: seen(given, s, x, smaller(x, s.scale)), w_r)
     logsnrs = schedule(torch.linspace(1, 0, s.steps + 1, dtype=torch.float64), model.diffusion).to(model.device)
     z = noise_like(given.x, generator)
     if s.sampler == "ancestral":

@@ -153,7 +153,7 @@ def test_no_flags_give_the_defaults(owners):
     assert config.parse(*owners, argv=[]) == [owner() for owner in owners]
 
 
-@pytest.mark.parametrize("argv", [["--colour", "red"], ["stray"], ["--fram", "8"], ["--frames"],
+@pytest.mark.parametrize("argv", [["--colour", "red"], ["stray"], ["--siz", "32"], ["--frames"],
                                   ["--frames", "8", "9"]])
 def test_an_unknown_or_incomplete_flag_is_one_sentence(argv, capsys):
     assert argv[0] in refusal(capsys, argv, *TRAIN) or argv[-1] == "9"

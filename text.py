@@ -15,6 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextConfig:
+    """How captions become numbers."""
     encoder: Literal["words", "bert"] = "words"  # fixed random vectors of words, or a BERT through transformers
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
     tokens: int = 16  # [1, 512] longest caption in tokens; what follows is cut off
@@ -42,7 +43,7 @@ def _words(caption: str, config: TextConfig) -> Tensor:
 
 @functools.lru_cache(maxsize=100_000)
 def _vector(word: str, dim: int) -> Tensor:
-    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")  # hash() differs between runs
+    seed = int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[:7], "big")  # hash() differs between runs
     return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -54,9 +55,10 @@ def _bert(caption: str, config: TextConfig) -> Tensor:
     if model.config.hidden_size != config.cond_dim:
         raise ValueError(f"the BERT {config.bert} is {model.config.hidden_size} wide and --cond_dim is "
                          f"{config.cond_dim}; they must be equal")
-    batch = tokenizer(caption, truncation=True, max_length=config.tokens, return_tensors="pt")
+    longest = max(2, min(config.tokens, model.config.max_position_embeddings))  # 2: its own first and last token
+    batch = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt")
     with torch.no_grad():
-        hidden = model(**batch).last_hidden_state[0]
+        hidden = model(**batch).last_hidden_state[0, :config.tokens]
     return torch.cat([hidden, hidden.new_zeros(config.tokens - len(hidden), config.cond_dim)])
 
 
@@ -69,4 +71,4 @@ def _load_bert(name: str) -> tuple:
     try:
         return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval().requires_grad_(False)
     except Exception as error:  # transformers raises whatever its back end does
-        raise ValueError(f"the BERT {name} could not be loaded: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"the BERT {name} could not be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None

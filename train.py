@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from unet3d import UNet3D, UNetConfig
 
 @dataclass
 class TrainConfig:
+    """How to train."""
     preset: str = ""  # cpu, cuda, or the paper's ucf101 bair kinetics600 text_small text_large text_9x128; by hardware
     steps: int = 20_000  # [1, 100000000] optimizer steps
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
@@ -104,7 +106,7 @@ def build(s: Settings, device: torch.device) -> State:
     return state
 
 
-def ema_update(decay: float):
+def ema_update(decay: float) -> Callable:
     """The update rule of the averaged weights: decay, less in the first few thousand steps."""
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
@@ -113,7 +115,7 @@ def ema_update(decay: float):
     return update
 
 
-def lr_factor(train: TrainConfig):
+def lr_factor(train: TrainConfig) -> Callable[[int], float]:
     """step -> learning rate over --lr: linear warm-up, then constant or half a cosine down to 0."""
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / max(1, train.warmup))
@@ -163,7 +165,7 @@ def condition(captions: list[list[str]], text: TextConfig) -> Tensor | None:
     return embed([caption for clip in captions for caption in clip], text).unflatten(0, (len(captions), -1))
 
 
-def train_step(network: nn.Module, state: State, stream, s: Settings, machine: Machine) -> tuple[Tensor, Tensor]:
+def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings, machine: Machine) -> tuple[Tensor, Tensor]:
     """One optimizer step over --accumulate micro-batches. Returns the mean loss and the gradient's norm."""
     total = torch.zeros((), device=machine.device)
     for part in range(s.train.accumulate):
@@ -247,9 +249,8 @@ def draw_curve(folder: Path) -> None:
 
 @torch.no_grad()
 def preview(state: State, s: Settings, machine: Machine) -> None:
-    """Writes samples/step_<step>.gif (.webp, .png): EMA weights, captions of the test split, 25 network calls."""
-    test = dataclasses.replace(s.data, split="test", num_images=0)
-    x, captions = next(batches(test, 4, s.train.seed))
+    """Writes samples/step_<step>.gif (.webp, .png): EMA weights, captions of the data, 25 network calls."""
+    x, captions = next(batches(dataclasses.replace(s.data, num_images=0), 4, s.train.seed))
     cond = condition(captions, s.text)
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # the same at every preview
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(machine.device)

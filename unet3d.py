@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class UNetConfig:
-    channels: int = 1  # [1, 64] channels of a frame: 1 grey, 3 RGB
+    """The architecture. Raises ValueError if size does not fit the levels."""
+    channels: int = 1  # [1, 3] channels of a frame: 1 grey, 3 RGB
     frames: int = 16  # [1, 1024] frames of a training clip: the reach of the relative positions
     size: int = 64  # [8, 1024] height and width of a frame in pixels
     dim: int = 128  # [8, 4096] base channels
@@ -42,7 +43,8 @@ class UNetConfig:
 class Norm(nn.GroupNorm):
     """GroupNorm of each frame alone, ((b f), c, h, w): statistics over frames would leak past the mask."""
     def __init__(self, dim: int):
-        super().__init__(math.gcd(dim, 32), dim)
+        # 32 groups, but never of one channel: it would take the added embedding out again
+        super().__init__(max(1, math.gcd(dim, 64) // 2), dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())  # float32 always: accurate, and 11 times faster than bf16 on a CPU
@@ -157,8 +159,9 @@ class Embedding(nn.Module):
     def __init__(self, config: UNetConfig, heads: int = 8):
         super().__init__()
         self.emb_dim = config.emb_dim
-        self.query = nn.Parameter(torch.randn(heads, config.cond_dim) * max(1, config.cond_dim) ** -0.5)
-        self.value = nn.Linear(heads * config.cond_dim, config.emb_dim, bias=False) if config.cond_dim else None
+        if config.cond_dim:  # no idle parameters in an unconditional model: DistributedDataParallel refuses them
+            self.query = nn.Parameter(torch.randn(heads, config.cond_dim) * config.cond_dim**-0.5)
+            self.value = nn.Linear(heads * config.cond_dim, config.emb_dim, bias=False)
         layers = [nn.Linear(config.emb_dim, config.emb_dim) for _ in range(config.emb_layers)]
         self.mlp = nn.Sequential(*(m for layer in layers for m in (layer, nn.SiLU())))[:-1]
 
@@ -170,8 +173,8 @@ class Embedding(nn.Module):
 
     def forward(self, logsnr: Tensor, batch: int, tokens: Tensor | None) -> Tensor:
         u = torch.atan(torch.exp(-logsnr.float() / 2)) / (math.pi / 2)  # in [0, 1]
-        angles = 1000 * u.reshape(-1, 1, 1) * torch.logspace(0, -4, self.emb_dim // 2, device=u.device)
-        h = torch.cat([angles.sin(), angles.cos()], -1).expand(batch, 1, -1)
+        angles = 1000 * u.reshape(-1, 1, 1) * torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
+        h = torch.cat([angles.sin(), angles.cos()], -1)[..., :self.emb_dim].expand(batch, 1, -1)
         return self.mlp(h if tokens is None else h + self.pool(tokens))
 
 
@@ -208,8 +211,9 @@ class UNet3D(nn.Module):
     def forward(self, z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
         b, c, f, h, w = z.shape  # f counts the image frames too
         assert c == self.config.channels and num_images < f, (z.shape, self.config.channels, num_images)
+        assert cond is None or cond.dim() == 3 or cond.shape[1] in (1, 1 + num_images), (cond.shape, num_images)
         p, emb, mask = self.config.patch, self.embed(logsnr, cond, b, f), isolate(f, num_images, z.device)
-        x = rearrange(z, "b c f (h p) (w q) -> (b f) (c p q) h w", p=p, q=p)  # space-to-depth
+        x = rearrange(z.float(), "b c f (h p) (w q) -> (b f) (c p q) h w", p=p, q=p)  # space-to-depth
         x = self.u_net(x.contiguous(memory_format=torch.channels_last), emb, mask)
         return rearrange(x.float(), "(b f) (c p q) h w -> b c f (h p) (w q)", b=b, p=p, q=p).to(z.dtype)
 

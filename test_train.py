@@ -1,0 +1,615 @@
+"""Training: resumed runs, two processes, averaged weights, the run's folder, signals, and what users get wrong.
+
+Most runs are a few steps of a tiny network inside this process; real processes only where the process is the point.
+"""
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import checkpoint
+import config
+import train
+from data import DataConfig, batches
+from diffusion import denoiser, schedule
+from machine import Machine
+from sampling import dpm_solver
+from text import embed
+from unet3d import UNet3D
+
+HERE = Path(__file__).parent
+CPU = Machine(torch.device("cpu"), "float32")
+SHAPE = ("--dataset moving_mnist --size 16 --frames 4 --num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 "
+         "--head_dim 8 --emb_dim 16 --emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8").split()
+TINY = [*SHAPE, *"--preset cpu --device cpu --precision float32 --batch_size 2".split()]
+# everything random in one run: dropout, image frames, dropped captions, two micro-batches in a step
+RUN = [*TINY, *("--steps 6 --accumulate 2 --dropout 0.2 --cond_dropout 0.5 --ema 0.3 --warmup 3 --lr 0.01 "
+                "--save_every 2 --log_every 2 --preview_every 4").split()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sources_read_once() -> Iterator[None]:
+    """inspect.getsource parses a whole file, for each dataclass of each command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A run takes over Ctrl-C; the tests give it back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def program(monkeypatch: pytest.MonkeyPatch, flags: list) -> None:
+    """python train.py flags, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    config.run(train.main)
+
+
+def fitted(flags: list, out: Path) -> dict:
+    """The last checkpoint of a run with these flags."""
+    s = train.settings([*map(str, flags), "--out", str(out)])
+    train.prepare(s, CPU)
+    train.fit(s, CPU)
+    return checkpoint.load(checkpoint.newest(out))
+
+
+def tensors(content: object) -> list[Tensor]:
+    """All tensors of nested content, in order."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, (list, tuple)):
+        return [tensor for part in content for tensor in tensors(part)]
+    return [content] if isinstance(content, Tensor) else []
+
+
+def learned(content: dict) -> list[Tensor]:
+    """Weights, averaged weights and Adam's state of a checkpoint."""
+    return tensors([content[key] for key in ("model", "ema", "ema_count", "optimizer")])
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    assert len(ours) == len(theirs) > 0, (len(ours), len(theirs))
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclasses.dataclass
+class Recorded:
+    """A run as seen from outside: after each step the weights; the learning rate it used; what it was fed."""
+    folder: Path
+    content: dict
+    weights: list[list[Tensor]]
+    rates: list[float]
+    fed: list[tuple[int, Tensor, list]]
+
+
+def recorded(flags: list, folder: Path, stop_after: int = 0) -> Recorded:
+    """A run with these flags into folder; after so many steps it is sent SIGTERM."""
+    weights, rates, fed, step, loss = [], [], [], train.train_step, train.micro_batch_loss
+
+    def spying_step(network: nn.Module, state: train.State, *rest: object) -> tuple[Tensor, Tensor]:
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        result = step(network, state, *rest)
+        weights.append([p.detach().clone() for p in state.model.parameters()])
+        if state.step == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    def spying_loss(network: nn.Module, batch: tuple, index: int, *rest: object) -> Tensor:
+        fed.append((index, *batch))
+        return loss(network, batch, index, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", spying_step)
+        patch.setattr(train, "micro_batch_loss", spying_loss)
+        try:
+            s = train.settings([*map(str, flags)])
+            train.prepare(s, CPU)
+            train.fit(s, CPU)
+        except SystemExit as stopped:
+            assert stopped.code == 143 and stop_after, stopped.code
+    return Recorded(folder, checkpoint.load(checkpoint.newest(folder)), weights, rates, fed)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """An uninterrupted run of 6 steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return recorded([*RUN, "--out", folder], folder)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> list[Recorded]:
+    """The same run, stopped after step 3, and what --resume made of it, without any other flag."""
+    folder = tmp_path_factory.mktemp("halves") / "run"
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    first = recorded([*RUN, "--out", folder], folder, stop_after=3)
+    second = recorded(["--resume", folder], folder)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return [first, second]
+
+
+# ---- going on where it stopped -----------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_is_saved_at_the_step_it_reached(halves: list[Recorded]) -> None:
+    assert halves[0].content["step"] == 3
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole: Recorded, halves: list[Recorded]) -> None:
+    assert halves[1].content["step"] == whole.content["step"] == 6
+    assert same(learned(halves[1].content), learned(whole.content))
+    assert not same(learned(halves[0].content), learned(whole.content))
+
+
+def test_a_resumed_run_sees_the_data_that_come_next_and_none_twice(whole: Recorded, halves: list[Recorded]) -> None:
+    assert [index for index, _, _ in halves[0].fed] == list(range(6))
+    assert [index for index, _, _ in halves[1].fed] == list(range(6, 12))
+    assert same([x for _, x, _ in halves[0].fed + halves[1].fed], [x for _, x, _ in whole.fed])
+    assert [c for *_, c in halves[0].fed + halves[1].fed] == [c for *_, c in whole.fed]
+
+
+def test_a_resumed_run_keeps_its_settings(whole: Recorded, halves: list[Recorded]) -> None:
+    ours, theirs = halves[1].content["settings"], whole.content["settings"]
+    assert {k for k in theirs if ours[k] != theirs[k]} == {"out", "resume"}
+
+
+def test_flags_given_with_resume_win_over_the_run(whole: Recorded, tmp_path: Path) -> None:
+    flags = ["--resume", whole.folder, "--out", tmp_path / "on", *"--steps 7 --decay constant --lr 0.003".split()]
+    resumed = recorded(flags, tmp_path / "on")
+    assert resumed.rates == pytest.approx([0.003])
+
+
+def test_the_checkpoint_with_the_most_steps_is_resumed_whatever_the_dates(whole: Recorded) -> None:
+    late, early = whole.folder / "checkpoint_00000006.pt", whole.folder / "checkpoint_00000004.pt"
+    stat = late.stat()
+    os.utime(late, (1, 1))  # as a copy of the folder leaves them
+    try:
+        assert checkpoint.newest(whole.folder) == late != early
+    finally:
+        os.utime(late, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+# ---- one step ----------------------------------------------------------------------------------------------------
+
+
+def test_each_micro_batch_depends_on_seed_and_index_alone(whole: Recorded) -> None:
+    s = train.settings(RUN)
+    for index, x, captions in whole.fed:
+        again, texts = next(batches(s.data, 2, s.train.seed, index))
+        assert torch.equal(x, again) and captions == texts
+    assert not torch.equal(whole.fed[0][1], whole.fed[1][1])
+
+
+def test_times_noise_and_dropout_depend_on_seed_and_index_alone() -> None:
+    s = train.settings(RUN)
+    network = train.build(s, CPU.device).model
+    nn.init.normal_(network.exit[-1].weight)
+    batch = next(batches(s.data, 2, 0))
+
+    def value(index: int) -> float:
+        torch.rand(3)  # whatever was drawn before
+        return train.micro_batch_loss(network, batch, index, s, CPU).item()
+    assert value(5) == value(5)
+    assert value(5) != value(6)
+
+
+def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    s, seen = train.settings([*TINY, "--cond_dropout", "0.25"]), []
+    monkeypatch.setattr(train, "condition", lambda captions, text: torch.ones(len(captions), 2, 3, 8))
+    monkeypatch.setattr(train, "loss", lambda network, x, d, cond, k: seen.append(cond) or torch.zeros(2))
+    for index in range(300):
+        train.micro_batch_loss(None, (torch.zeros(200, 1, 5, 1, 1), [[]] * 8), index, s, CPU)
+    cond = torch.stack(seen)  # step b k l d
+    assert ((cond == 0).all((-1, -2)) | (cond == 1).all((-1, -2))).all()  # a caption goes or stays as a whole
+    dropped = (cond == 0).all((-1, -2)).float().mean((0, 1))
+    assert dropped.tolist() == pytest.approx([0.25, 0.25], abs=0.03)  # 2400 draws each: 3.4 standard deviations
+
+
+def stub_loss(network: nn.Module, x: Tensor, diffusion: object, cond: Tensor, num_images: int) -> Tensor:
+    """A loss of each clip without times or noise, so that batches of different sizes can be compared."""
+    return (network(x, torch.tensor(0.0), cond, num_images) - x).square().flatten(1).mean(1)
+
+
+def gradients(monkeypatch: pytest.MonkeyPatch, s: train.Settings, stream: Iterator) -> tuple[list[Tensor], float]:
+    """What one training step hands the optimizer, and the norm that it reports."""
+    state, seen = train.build(s, CPU.device), []
+    nn.init.normal_(state.model.exit[-1].weight)  # or all other gradients are 0 at the start
+    monkeypatch.setattr(state.optimizer, "step", lambda: seen.extend(p.grad.clone() for p in state.model.parameters()
+                                                                     if p.grad is not None))
+    _, norm = train.train_step(state.model, state, stream, s, CPU)
+    return seen, norm.item()
+
+
+def test_accumulating_micro_batches_is_one_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "loss", stub_loss)
+    flags = [*TINY, "--clip", "1000000", "--cond_dropout", "0"]
+    s = train.settings([*flags, "--accumulate", "3"])
+    parts = list(itertools.islice(batches(s.data, 2, 0), 3))
+    joint = torch.cat([x for x, _ in parts]), [caption for _, captions in parts for caption in captions]
+    ours, _ = gradients(monkeypatch, s, iter(parts))
+    theirs, _ = gradients(monkeypatch, train.settings(flags), iter([joint]))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert max(g.abs().max() for g in theirs) > 0.01
+
+
+def test_the_gradient_is_clipped_to_the_given_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = train.settings([*TINY, "--clip", "0.001"])
+    clipped, norm = gradients(monkeypatch, s, batches(s.data, 2, 0))
+    length = torch.cat([g.flatten() for g in clipped]).norm().item()
+    assert length == pytest.approx(0.001, rel=1e-3) and norm > 0.01  # the norm reported is the one before
+
+
+def test_the_learning_rate_warms_up_and_follows_half_a_cosine(whole: Recorded) -> None:
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert whole.rates == pytest.approx([0.01 * w * c for w, c in zip((1 / 3, 2 / 3, 1, 1, 1, 1), cosine)])
+
+
+def test_the_constant_learning_rate_stays_after_warm_up() -> None:
+    factor = train.lr_factor(train.TrainConfig(steps=100, warmup=4, decay="constant"))
+    assert [factor(step) for step in (0, 1, 3, 4, 50, 99)] == pytest.approx([0.25, 0.5, 1, 1, 1, 1])
+
+
+def test_the_averaged_weights_are_those_of_a_loop_by_hand_with_warm_up(whole: Recorded) -> None:
+    average = [p.clone() for p in whole.weights[0]]  # the first step's weights, not the random start's
+    for n, weights in enumerate(whole.weights[1:], start=1):
+        decay = min(0.3, (1 + n) / (10 + n))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights)]
+    assert (1 + 2) / (10 + 2) < 0.3 < (1 + 3) / (10 + 3)  # both sides of the minimum were met
+    for ours, theirs in zip(tensors(whole.content["ema"]), average, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert not same(tensors(whole.content["ema"]), tensors(whole.content["model"]))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = train.settings(TINY)
+    state = train.build(s, CPU.device)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    monkeypatch.setattr(train, "loss", lambda network, *rest: rest[0].sum() * network.entry.weight.sum() * math.inf)
+    with pytest.raises(ValueError, match="gradient of step 1 is not finite"):
+        train.train_step(state.model, state, batches(s.data, 2, 0), s, CPU)
+    assert same(list(state.model.parameters()), before) and same(list(state.ema.module.parameters()), before)
+    assert not state.optimizer.state and state.step == 0
+
+
+def test_a_run_whose_gradient_is_not_finite_can_be_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture) -> None:
+    honest = train.loss
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        calls = itertools.count()
+        patch.setattr(train, "loss", lambda *given: honest(*given) * (math.nan if next(calls) == 2 else 1))
+        program(patch, [*TINY, "--steps", 4, "--out", tmp_path / "run"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "gradient of step 3 is not finite" in error and "--resume" in error
+    program(monkeypatch, ["--resume", tmp_path / "run"])  # as it says
+    assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] == 4
+
+
+# ---- the run's folder --------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_settings_metrics_two_checkpoints_and_previews(whole: Recorded) -> None:
+    files = {str(path.relative_to(whole.folder)) for path in whole.folder.rglob("*") if path.is_file()}
+    previews = {f"samples/step_00000004.{suffix}" for suffix in ("gif", "webp", "png")}
+    assert files - {"loss.png"} == {"config.json", "metrics.jsonl", "checkpoint_00000004.pt", "checkpoint_00000006.pt",
+                                    *previews}
+
+
+def test_config_json_holds_every_setting(whole: Recorded) -> None:
+    stored = json.loads((whole.folder / "config.json").read_text())
+    assert stored == json.loads(json.dumps(whole.content["settings"]))
+    assert stored["dim"] == 8 and stored["accumulate"] == 2 and stored["digits"] == 1
+
+
+def test_metrics_are_whole_lines_of_numbers(whole: Recorded) -> None:
+    assert (whole.folder / "metrics.jsonl").read_text().endswith("}\n")
+    lines = metrics(whole.folder)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert set(line) == {"step", "loss", "grad_norm", "lr", "clips_per_second"}
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and line["clips_per_second"] > 0
+
+
+def test_the_learning_rate_in_the_metrics_is_the_one_that_the_step_used(whole: Recorded) -> None:
+    assert [line["lr"] for line in metrics(whole.folder)] == pytest.approx(whole.rates[1::2])
+
+
+def test_no_step_appears_twice_in_the_metrics_of_a_resumed_run(whole: Recorded, tmp_path: Path) -> None:
+    """A run that was killed after its last checkpoint repeats the steps since."""
+    folder = tmp_path / "run"
+    fitted([*TINY, *"--steps 2 --log_every 1 --save_every 2".split()], folder)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics(folder)[-1] | {"step": 3}) + "\n")
+    recorded(["--resume", folder, "--steps", 4], folder)
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+
+
+def test_the_first_preview_comes_after_100_steps_at_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    monkeypatch.setattr(train, "preview", lambda state, s, machine: steps.append(state.step))
+    monkeypatch.setattr(train, "save", lambda state, s: None)
+    s = train.settings([*TINY, "--preview_every", "150"])
+    state = types.SimpleNamespace()
+    for state.step in range(1, 320):
+        train.keep(state, s, CPU)
+    assert steps == [100, 150, 300]
+
+
+def test_without_matplotlib_there_is_no_curve_and_no_complaint(monkeypatch: pytest.MonkeyPatch, whole: Recorded,
+                                                               tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "metrics.jsonl").write_text((whole.folder / "metrics.jsonl").read_text())
+    train.draw_curve(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_with_matplotlib_a_preview_draws_the_curve(monkeypatch: pytest.MonkeyPatch, whole: Recorded,
+                                                   tmp_path: Path) -> None:
+    drawn = []
+    axes = types.SimpleNamespace(semilogy=lambda x, y: drawn.append((x, y)), set=lambda **names: None)
+    figure = types.SimpleNamespace(subplots=lambda: axes, savefig=lambda path: Path(path).write_text("a picture"))
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=lambda: figure))
+    monkeypatch.setattr(train, "dpm_solver", lambda denoise, z, logsnrs: z)
+    (tmp_path / "metrics.jsonl").write_text((whole.folder / "metrics.jsonl").read_text())
+    s = train.settings([*TINY, "--out", str(tmp_path)])
+    train.preview(train.build(s, CPU.device), s, CPU)
+    assert drawn == [([2, 4, 6], [line["loss"] for line in metrics(whole.folder)])]
+    assert (tmp_path / "loss.png").exists()
+
+
+# ---- what is trained on ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def clips(tmp_path: Path) -> Path:
+    """A folder of three small clips, two GIFs and an array, with their captions beside them."""
+    folder, random = tmp_path / "clips", np.random.default_rng(0)
+    folder.mkdir()
+    for name, caption in (("a", "a red square"), ("b", "a green disc"), ("c", "blue noise")):
+        pixels = random.integers(0, 256, (6, 20, 20, 3), dtype=np.uint8)
+        (folder / f"{name}.txt").write_text(caption)
+        if name == "b":
+            np.save(folder / "b.npy", pixels)
+            continue
+        first, *others = [Image.fromarray(frame) for frame in pixels]
+        first.save(folder / f"{name}.gif", save_all=True, append_images=others, optimize=False, loop=0)
+    return folder
+
+
+def test_a_folder_of_clips_is_trained_on_with_its_captions(clips: Path, tmp_path: Path) -> None:
+    flags = [*TINY, *f"--dataset video_folder --data_dir {clips} --channels 3 --steps 4 --preview_every 4".split()]
+    run = recorded([*flags, "--out", tmp_path / "run"], tmp_path / "run")
+    assert run.fed[0][1].shape == (2, 3, 5, 16, 16)
+    texts = {caption for *_, captions in run.fed for clip in captions for caption in clip}
+    assert texts == {"a green disc", "blue noise"}  # the first of every ten clips is for testing
+    assert (tmp_path / "run/samples/step_00000004.gif").exists()
+
+
+@pytest.mark.parametrize("flags", ["--dataset stochastic_moving_mnist", "--cond_dim 0", "--cond_dim 0 --num_images 0",
+                                   "--prediction eps --noise_shift 3", "--channels 3", "--checkpointing --scale_shift",
+                                   "--frames 1 --num_images 0", "--precision bf16"])
+def test_training_works_with(flags: str, tmp_path: Path) -> None:
+    s = train.settings([*TINY, *flags.split(), "--steps", "1", "--out", str(tmp_path)])
+    run = fitted([*TINY, *flags.split(), "--steps", 1], tmp_path / "run")
+    start = train.build(s, CPU.device).model.state_dict()
+    assert not same(tensors(run["model"]), tensors(start))
+    assert all(tensor.isfinite().all() for tensor in learned(run))
+
+
+def test_an_unconditional_run_has_no_text_in_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = train.settings([*TINY, "--cond_dim", "0"])
+    assert train.condition([["a 4"]], s.text) is None
+    assert not [p for p in UNet3D(s.unet).parameters() if 8 in p.shape and p.dim() == 2 and p.shape[1] == 64]
+
+
+# ---- what a model costs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_dry_run_prints_what_a_preset_costs_without_allocating_it(preset: str, monkeypatch: pytest.MonkeyPatch,
+                                                                  capsys: pytest.CaptureFixture,
+                                                                  tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    program(monkeypatch, ["--preset", preset, "--dry_run"])
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10  # MiB on Linux
+    line, = capsys.readouterr().out.splitlines()
+    row = re.fullmatch(rf"{preset}: ([\d.]+) M parameters, ([\d.]+) TFLOP per training step of (\d+) clips; "
+                       r"float32: weights ([\d.]+) GiB, gradients [\d.]+ GiB, optimizer ([\d.]+) GiB, EMA .*", line)
+    assert row, line
+    parameters, flops, clips, weights, optimizer = map(float, row.groups())
+    assert weights == pytest.approx(parameters * 4e6 / 2**30, abs=0.006)
+    assert optimizer == pytest.approx(2 * parameters * 4e6 / 2**30, abs=0.006)
+    assert flops > 0 and clips == config.PRESETS[preset]["batch_size"]
+    assert grown < 150 and not list(tmp_path.iterdir())
+    if preset == "cpu":
+        network = UNet3D(train.settings(["--preset", preset]).unet)
+        assert f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}" == row[1]
+    else:
+        assert parameters > 20
+
+
+# ---- real processes ----------------------------------------------------------------------------------------------
+
+
+def processes(*words: object) -> dict:
+    """Arguments of subprocess for a Python program in the project's folder, one thread each."""
+    return {"args": [sys.executable, *map(str, words)], "cwd": HERE, "text": True,
+            "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+
+
+def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path: Path) -> None:
+    flags = [*TINY, *"--steps 3 --dropout 0.1 --log_every 1 --ema 0.3 --clip 0.5".split()]
+    torchrun = processes("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags,
+                         "--accumulate", 2, "--out", tmp_path / "two")
+    done = subprocess.run(**torchrun)
+    assert done.returncode == 0, done.stderr
+    two = checkpoint.load(checkpoint.newest(tmp_path / "two"))
+    one = fitted([*flags, "--accumulate", 4], tmp_path / "one")
+    half = fitted([*flags, "--accumulate", 2], tmp_path / "half")
+    assert two["model"].keys() == one["model"].keys()  # no prefix of DistributedDataParallel
+    difference = max((a - b).abs().max().item() for a, b in zip(learned(two), learned(one), strict=True))
+    other = max((a - b).abs().max().item() for a, b in zip(learned(half), learned(one), strict=True))
+    assert difference < 1e-5 < 1e-3 < other  # half the data would show: the ranks saw different ones
+    ours, theirs = ([line["grad_norm"] for line in metrics(tmp_path / name)] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=1e-4)  # and only one process wrote
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("two", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of all processes, not of the first
+
+
+def stopped(program: dict, folder: Path, number: int, beyond: int) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a training process that gets a signal after this step."""
+    with subprocess.Popen(**program) as process:
+        path, give_up = folder / "metrics.jsonl", time.time() + 240
+        while not (path.exists() and f'"step": {beyond}' in path.read_text()):
+            assert process.poll() is None and time.time() < give_up, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+
+def test_ctrl_c_and_sigterm_save_and_print_a_command_that_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"  # with a blank: the command must be quoted
+    flags = [*TINY, *"--steps 1000000 --decay constant --log_every 1".split(), "--out", folder]
+    code, out, err = stopped(processes("train.py", *flags), folder, signal.SIGINT, beyond=2)
+    assert code == 130 and "Traceback" not in err, err
+    step, command = re.search(r"stopped at step (\d+); to go on: (python .*)", out).groups()
+    first = checkpoint.load(checkpoint.newest(folder))
+    assert first["step"] == int(step) == metrics(folder)[-1]["step"] >= 2
+    python, *words = shlex.split(command)
+    assert python == "python"
+    code, out, err = stopped(processes(*words), folder, signal.SIGTERM, beyond=int(step) + 2)
+    assert code == 143 and "Traceback" not in err, err
+    assert checkpoint.load(checkpoint.newest(folder))["step"] >= int(step) + 2
+    assert [line["step"] for line in metrics(folder)] == list(range(1, metrics(folder)[-1]["step"] + 1))
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def occupied(folder: Path) -> list:
+    checkpoint.save(folder / "checkpoint_00000002.pt", {})
+    return ["--out", folder]
+
+
+def a_file(folder: Path) -> list:
+    (folder / "file").write_text("")
+    return ["--out", folder / "file"]
+
+
+def garbage(folder: Path) -> list:
+    (folder / "checkpoint_00000002.pt").write_bytes(b"PK not one")
+    return ["--resume", folder]
+
+
+def foreign(folder: Path) -> list:
+    checkpoint.save(folder / "checkpoint_00000002.pt", {"weights": torch.zeros(3)})
+    return ["--resume", folder]
+
+
+def short_clip(folder: Path) -> list:
+    np.save(folder / "clip.npy", np.zeros((3, 16, 16), np.uint8))
+    return ["--dataset", "video_folder", "--data_dir", folder]
+
+
+def short_test_clip(folder: Path) -> list:
+    (folder / "clips").mkdir()
+    for number, length in enumerate((3, 8, 8)):
+        np.save(folder / f"clips/{number}.npy", np.zeros((length, 16, 16), np.uint8))
+    return ["--dataset", "video_folder", "--data_dir", folder / "clips", "--out", folder / "run"]
+
+
+MISTAKES: dict[str, tuple[list | Callable, str]] = {
+    "size not divisible": (["--size", "18", "--dim_mults", "1,2,4"], "--size 18 is not divisible by 4"),
+    "unknown preset": (["--preset", "ucf"], "--preset ucf is not one of cpu, cuda, ucf101"),
+    "unknown flag": (["--stepss", "3"], "--stepss"),
+    "a word too many": (["moving_mnist"], "moving_mnist"),
+    "no steps": (["--steps", "0"], "--steps"),
+    "negative steps": (["--steps", "-3"], "--steps"),
+    "no batch": (["--batch_size", "0"], "--batch_size"),
+    "no number": (["--lr", "nan"], "--lr"),
+    "unknown data": (["--dataset", "imagenet"], "--dataset"),
+    "two channels": (["--channels", "2"], "channels is 2"),
+    "odd embedding": (["--emb_dim", "33"], "--emb_dim"),
+    "unknown device": (["--device", "gpu"], "--device gpu"),
+    "no such device": (["--device", "cuda:99"], "--device cuda:99"),
+    "no data_dir": (["--dataset", "video_folder"], "data_dir is ''"),
+    "missing data_dir": (["--dataset", "video_folder", "--data_dir", "nowhere"], "data_dir is 'nowhere'"),
+    "empty data_dir": (lambda folder: ["--dataset", "video_folder", "--data_dir", folder], "no usable clip"),
+    "clips too short": (short_clip, "3 frames, 4 needed"),
+    "test clips too short": (short_test_clip, "for the test split"),
+    "nothing to resume": (["--resume", "nowhere"], "nowhere"),
+    "resume from garbage": (garbage, "is not a checkpoint of this project"),
+    "resume from a foreign checkpoint": (foreign, "checkpoint_00000002.pt"),
+    "out holds a run": (occupied, "holds a run already"),
+    "out is a file": (a_file, "file"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_with_one_sentence_and_status_2(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags, expected = MISTAKES[name]
+    given = flags(tmp_path) if callable(flags) else flags
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        program(monkeypatch, ([] if "--resume" in given else [*TINY, "--steps", 1, "--preview_every", 1]) + given)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "clips" not in line or "error" in line]
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: ") and expected in lines[0], lines
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+def test_another_shape_cannot_be_resumed(whole: Recorded, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program(monkeypatch, ["--resume", whole.folder, "--dim", 16])
+    line, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and str(whole.folder) in line
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_is_never_written_over_by_another(resume: bool, whole: Recorded, halves: list[Recorded],
+                                                monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
+    flags = ["--resume", halves[0].folder] if resume else TINY
+    with pytest.raises(SystemExit) as stopped:
+        program(monkeypatch, [*flags, "--out", whole.folder])
+    line, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "holds a run already" in line
+    assert before == {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
