@@ -1,4 +1,4 @@
-"""Checkpoints: plain dictionaries of tensors and numbers, written whole or not at all, loaded without running code."""
+"""Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
 import hashlib
 import os
 import warnings
@@ -10,7 +10,7 @@ import torch
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes content (tensors, numbers, strings in dicts, lists, tuples) to path atomically, with its checksum."""
+    """Saves content (tensors, numbers, strings in dicts, lists, tuples) and a checksum to path atomically."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -24,7 +24,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The content that save() wrote, tensors on the CPU. Raises ValueError with one sentence if that is not there."""
+    """The content that save() wrote, on the CPU; raises ValueError with one sentence if that is not there."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")

@@ -1,7 +1,8 @@
-"""The command line: a dataclass is a set of flags, the comment after a field its --help, and presets are values.
+"""The command line: a dataclass is a set of flags, a field's comment its --help, and presets are values.
 
-A numeric field's comment starts with the range it allows, [1, 16] or (0, inf); --help shows it and parse() enforces
-it. The presets carry the paper's appendix (section 6 of its hyperparameters) and two small ones of our own.
+A numeric field's comment starts with the range it allows, [1, 16] or (0, inf); --help shows it and parse()
+enforces it. The presets carry the paper's appendix (section 6 of its hyperparameters) and two small ones of
+our own.
 """
 import argparse
 import dataclasses
@@ -14,24 +15,26 @@ import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-_PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), blocks=2, head_dim=64, emb_dim=1024,
-              emb_layers=4, attention_resolutions=(8, 16, 32), prediction="eps", dropout=0.0, lr=3e-4, beta2=0.99,
-              weight_decay=0.0, warmup=1000, decay="constant", batch_size=128, ema=0.9999, num_images=8, cond_dim=0,
-              dataset="video_folder", patch=1, noise_shift=1.0)
+_PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), blocks=2, head_dim=64,
+              emb_dim=1024, emb_layers=4, attention_resolutions=(8, 16, 32), prediction="eps", dropout=0.0,
+              lr=3e-4, beta2=0.99, weight_decay=0.0, warmup=1000, decay="constant", batch_size=128,
+              ema=0.9999, num_images=8, cond_dim=0, dataset="video_folder", patch=1, noise_shift=1.0)
 _TEXT = _PAPER | dict(encoder="bert", cond_dim=1024, tokens=64)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours: for a CPU (about two hours on two cores) and for one GPU. Everything below them is the paper's.
-    "cpu": dict(size=32, digits=1, dim=64, dim_mults=(1, 2, 4), blocks=1, patch=2, attention_resolutions=(8, 4),
-                head_dim=32, emb_dim=256, emb_layers=2, num_images=2, noise_shift=3.0, lr=8e-4, warmup=150,
-                decay="cosine", batch_size=4, ema=0.999, steps=20_000),
-    "cuda": dict(size=64, digits=2, dim=64, dim_mults=(1, 2, 4, 8), blocks=2, attention_resolutions=(8, 16),
-                 head_dim=64, emb_dim=512, emb_layers=2, num_images=4, noise_shift=3.0, lr=5e-4, warmup=500,
-                 decay="cosine", batch_size=64, ema=0.9995, steps=20_000),
+    "cpu": dict(size=32, digits=1, dim=64, dim_mults=(1, 2, 4), blocks=1, patch=2, scale_shift=True,
+                attention_resolutions=(16, 8, 4), head_dim=32, emb_dim=256, emb_layers=2, num_images=2,
+                noise_shift=3.0, lr=8e-4, warmup=150, decay="cosine", batch_size=4, ema=0.999, steps=12_000),
+    "cuda": dict(size=64, digits=2, dim=64, dim_mults=(1, 2, 4, 8), blocks=2, scale_shift=True,
+                 attention_resolutions=(8, 16, 32), head_dim=64, emb_dim=512, emb_layers=2, num_images=4,
+                 noise_shift=3.0, lr=5e-4, warmup=500, decay="cosine", batch_size=64, ema=0.9995, steps=20_000),
     "ucf101": _PAPER | dict(dropout=0.1, steps=60_000),
-    "bair": _PAPER | dict(dim=128, dim_mults=(1, 2, 3, 4), blocks=3, emb_layers=2, prediction="v", dropout=0.1, lr=2e-4,
-                          beta2=0.999, weight_decay=0.01, ema=0.999, steps=660_000, flip=True),
-    "kinetics600": _PAPER | dict(emb_layers=2, prediction="v", dropout=0.1, lr=2e-4, batch_size=256, steps=220_000),
+    "bair": _PAPER | dict(dim=128, dim_mults=(1, 2, 3, 4), blocks=3, emb_layers=2, prediction="v",
+                          dropout=0.1, lr=2e-4, beta2=0.999, weight_decay=0.01, ema=0.999,
+                          steps=660_000, flip=True),
+    "kinetics600": _PAPER | dict(emb_layers=2, prediction="v", dropout=0.1, lr=2e-4, batch_size=256,
+                                 steps=220_000),
     "text_small": _TEXT | dict(dim=128, steps=200_000),
     "text_large": _TEXT | dict(steps=700_000),
     "text_9x128": _TEXT | dict(frames=9, size=128, dim=128, dim_mults=(1, 2, 4, 8, 16), head_dim=128, lr=2e-4,
@@ -55,7 +58,7 @@ def fail(sentence: str) -> NoReturn:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program; ValueError and OSError carry a sentence for the user, anything else is a bug and is shown."""
+    """Runs a program; ValueError and OSError carry a sentence for the user, all else is a bug and shown."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -66,8 +69,8 @@ def parse(*configs: type, argv: list[str] | None = None,
           defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {}) -> list[Any]:
     """One instance of each dataclass from the command line; a field name they share is one flag.
 
-    A flag given by hand wins over defaults(given), those win over --preset, and that over the dataclass. Bad input
-    ends the program with one sentence and exit status 2.
+    A flag given by hand wins over defaults(given), those win over --preset, and that over the dataclass. Bad
+    input ends the program with one sentence and exit status 2.
     """
     given = vars(_parser(configs).parse_args(argv))
     try:
@@ -108,7 +111,7 @@ def _shown(value: Any) -> str:
 
 
 def _converter(kind: Any, comment: str) -> Callable[[str], Any]:
-    """str -> kind, checked against the range at the head of the comment; its errors name flag, value and range."""
+    """str -> kind, checked against the range that begins the comment; errors name flag, value and range."""
     number = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
     interval = re.match(r"([\[(])([^,\]]+), ([^\])]+)([\])])", comment)
 
@@ -128,7 +131,8 @@ def _converter(kind: Any, comment: str) -> Callable[[str], Any]:
     return convert
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", tuple[int, ...]: "a list of whole numbers (1,2,4)"}
+_NAMES = {int: "a whole number", float: "a number", str: "text",
+          tuple[int, ...]: "a list of whole numbers (1,2,4)"}
 
 
 def _inside(value: float, interval: re.Match) -> bool:

@@ -24,8 +24,8 @@ def count(model: nn.Module) -> int:
 
 
 def table_row(name: str, parameters: int, flops: int, clips: int) -> str:
-    """One line: parameters, FLOPs of a training step of that many clips, bytes in float32 of what Adam needs."""
+    """One line: parameters, FLOPs of a training step of that many clips, float32 bytes of what Adam needs."""
     gib = 4 * parameters / 2**30
-    return (f"{name}: {parameters / 1e6:.1f} M parameters, {flops * clips / 1e12:.2f} TFLOP per training step of "
-            f"{clips} clips; float32: weights {gib:.2f} GiB, gradients {gib:.2f} GiB, optimizer {2 * gib:.2f} GiB, "
-            f"EMA {gib:.2f} GiB")
+    return (f"{name}: {parameters / 1e6:.1f} M parameters, {flops * clips / 1e12:.2f} TFLOP per training "
+            f"step of {clips} clips; float32: weights {gib:.2f} GiB, gradients {gib:.2f} GiB, "
+            f"optimizer {2 * gib:.2f} GiB, EMA {gib:.2f} GiB")

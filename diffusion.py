@@ -25,7 +25,7 @@ class DiffusionConfig:
 
 
 def cosine_logsnr(t: Tensor, logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> Tensor:
-    """The cosine schedule lambda(t) = -2 log tan(at + b), t in [0, 1] (section 2; Progressive Distillation)."""
+    """Cosine schedule lambda(t) = -2 log tan(at + b), t in [0, 1] (section 2; Progressive Distillation)."""
     b = math.atan(math.exp(-logsnr_max / 2))
     a = math.atan(math.exp(-logsnr_min / 2)) - b
     return (-2 * torch.tan(a * t.double() + b).log()).to(t.dtype)  # float32 loses tan's digits near pi/2
@@ -78,7 +78,8 @@ def v_from_x(x: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
     return alpha * eps - sigma * x
 
 
-def reverse(z_t: Tensor, x: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
+def reverse(z_t: Tensor, x: Tensor, logsnr_t: Tensor, logsnr_s: Tensor,
+            gamma: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of z_s given z_t and x, s < t: the posterior q(z_s | z_t, x) at gamma = 0.
 
     gamma in [0, 1] is the exponent that interpolates between the small variance (0) and the large one (1).
@@ -93,12 +94,12 @@ def reverse(z_t: Tensor, x: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, gamma: f
 
 def loss(model: Callable, x: Tensor, config: DiffusionConfig, cond: Tensor | None = None, num_images: int = 0,
          generator: torch.Generator | None = None) -> Tensor:
-    """The loss of each clip (B,): mean squared error on eps or on v at a random time (Eq. 2 with its weights).
+    """The loss of each clip (B,): mean squared error on eps or v at a random time (Eq. 2 with its weights).
 
     x: (B, C, F + num_images, H, W); cond: token embeddings as UNet3D takes them, or None for c = 0.
     """
     batch = x.shape[0]
-    # Paper: t ~ U[0, 1] for each clip. One draw from each of B equal strata has the same mean and less variance.
+    # Paper: t ~ U[0, 1] for each clip. One draw from each of B equal strata has the same mean, less variance.
     t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     logsnr = schedule(t, config).view(-1, 1, 1, 1, 1).to(x.device)
     eps = noise_like(x, generator)

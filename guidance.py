@@ -1,6 +1,6 @@
 """Sections 2 and 3.1: guidance. Denoisers in, a denoiser out, so that no sampler ever hears of it.
 
-The order in which they are stacked: classifier-free first, reconstruction guidance on its x_hat, clipping last.
+They are stacked in this order: classifier-free first, reconstruction guidance on its x_hat, clipping last.
 """
 from collections.abc import Callable
 
@@ -11,32 +11,33 @@ from diffusion import Denoiser, alpha_sigma, diffuse, noise_like
 
 
 def classifier_free(conditional: Denoiser, unconditional: Denoiser, w: float) -> Denoiser:
-    """Classifier-free guidance of weight w >= 0; w = 0 is the conditional denoiser (Eq. 6; Table 5 lists 1 + w)."""
+    """Classifier-free guidance, weight w >= 0; 0 is the conditional denoiser (Eq. 6; Table 5 lists 1 + w)."""
     if w == 0:
         return conditional
     # Eq. 6 mixes eps; x_hat is affine in eps and the weights sum to 1, so mixing x_hat is the same
     return lambda z, logsnr: (1 + w) * conditional(z, logsnr) - w * unconditional(z, logsnr)  # Eq. 6
 
 
-def reconstruction_guided(denoise: Denoiser, x_a: Tensor, observe: Callable[[Tensor], Tensor], w_r: float) -> Denoiser:
+def reconstruction_guided(denoise: Denoiser, x_a: Tensor, observe: Callable[[Tensor], Tensor],
+                          w_r: float) -> Denoiser:
     """Reconstruction guidance of weight w_r: moves x_hat so that observe(x_hat) agrees with x_a.
 
-    observe is differentiable and maps a video (B, C, F, H, W) to what x_a shows of it: the known frames (Eq. 7, with
-    replacement() as the sampler's constraint) or the video down-sampled (Eq. 8, without).
+    observe is differentiable and maps a video (B, C, F, H, W) to what x_a shows of it: the known frames
+    (Eq. 7, with replacement() as the sampler's constraint) or the video down-sampled (Eq. 8, without).
     """
     def guided(z: Tensor, logsnr: Tensor) -> Tensor:
         alpha, _ = alpha_sigma(logsnr)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             x_hat = denoise(z, logsnr)
-            error = (x_a - observe(x_hat)).square().sum()  # a sum: a mean would weaken with batch and resolution
+            error = (x_a - observe(x_hat)).square().sum()  # a mean would weaken with batch and resolution
         grad, = torch.autograd.grad(error, z)
         return x_hat.detach() - w_r * alpha / 2 * grad  # Eqs. 7 and 8
     return guided
 
 
 def replacement(x_a: Tensor, known: Tensor, generator: torch.Generator | None = None) -> Callable:
-    """The constraint of the replacement method: where known, z^a is drawn anew from q(z^a | x^a) (section 3.1).
+    """The constraint of the replacement method: where known, z^a is drawn anew from q(z^a | x^a) (3.1).
 
     x_a: (B, C, F, H, W), read only where known, a bool mask that broadcasts against it, is True.
     """
@@ -44,5 +45,5 @@ def replacement(x_a: Tensor, known: Tensor, generator: torch.Generator | None = 
 
 
 def clipped(denoise: Denoiser) -> Denoiser:
-    """x_hat clipped to [-1, 1]. Always outermost: inside guidance it would zero the gradient where it binds."""
+    """x_hat clipped to [-1, 1]; always outermost: in guidance it would zero the gradient where it binds."""
     return lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Where a process runs: its device and precision, its place among the processes of torchrun, the signals it gets."""
+"""Where a process runs: device and precision, its place among torchrun's processes, the signals it gets."""
 import os
 import signal
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 @dataclass
 class Machine:
-    """The device and precision ("auto", "bf16", "float32") of this process, and its rank of world processes."""
+    """The device and precision ("auto", "bf16", "float32") of a process, and its rank of world processes."""
     device: torch.device
     precision: str = "auto"
     rank: int = 0
@@ -37,7 +37,8 @@ class Machine:
 
     def __str__(self) -> str:
         cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if cuda else f"CPU with {torch.get_num_threads()} threads"
+        name = (torch.cuda.get_device_name(self.device) if cuda
+                else f"CPU with {torch.get_num_threads()} threads")
         return f"{self.world} x {name}, {'bf16' if self.bf16() else 'float32'}"
 
 
@@ -52,12 +53,13 @@ def find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name} is not supported: auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} was given, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(f"--device {name} was given, but PyTorch finds "
+                         f"{torch.cuda.device_count()} CUDA devices here")
     return device
 
 
 def start(device: str, precision: str, threads: int) -> Machine:
-    """The Machine of the flags --device, --precision and --threads; joins the process group if torchrun made one."""
+    """The Machine of --device, --precision and --threads; joins the process group if torchrun made one."""
     if threads:
         torch.set_num_threads(threads)
     machine = Machine(find_device(device), precision)
@@ -72,7 +74,7 @@ def start(device: str, precision: str, threads: int) -> Machine:
 
 
 def stop_signals() -> list[int]:
-    """A list that Ctrl-C or SIGTERM appends its number to, so that the step can finish; a second one ends at once."""
+    """A list Ctrl-C or SIGTERM appends its number to, so that the step can finish; a second ends at once."""
     received = []
 
     def remember(number: int, frame: object) -> None:

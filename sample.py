@@ -1,7 +1,7 @@
 """Section 3.1 and figure 2: conditional sampling, the only place where guidance, sampler and network meet.
 
-Every mode is one question: given some frames, or some frames small, draw the rest. So a mode only makes a Given, and
-fill() answers it, in blocks of the model's length where it is longer.
+Every mode is one question: given some frames, or some frames made small, draw the rest. So a mode only makes
+a Given, and fill() answers it, in blocks of the model's length where it is longer.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -23,13 +23,15 @@ from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
 from unet3d import UNet3D, UNetConfig
 
+Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"]
+
 
 @dataclass
 class SampleConfig:
     """What to draw, and how."""
-    mode: Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"] = "generate"  # see README
-    checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else in pretrained/
-    base: str = ""  # cascade: checkpoint of the small, slow model; without it a real clip is made small and slow
+    mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
+    checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
+    base: str = ""  # cascade: the model that draws the small, slow clip; else a real one is made so
     text: str = ""  # caption of the clips; without it they are unconditional
     num: int = 4  # [1, 1024] clips
     seed: int = 0  # [0, 2147483647] the same seed gives the same video
@@ -38,10 +40,10 @@ class SampleConfig:
     gamma: float = 0.0  # [0, 1] ancestral: 0 is the small variance, 1 the large one
     delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
-    method: Literal["reconstruction", "replacement"] = "reconstruction"  # how the given frames steer the others
-    w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10 for frames, 1 for small ones (stable < 2)
+    method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
+    w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0 is 10 for frames, 1 for small ones
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
-    overlap: int = 0  # [0, 1024] given frames of predict, and frames that blocks share; 0 is half the model's length
+    overlap: int = 0  # [0, 1024] frames given to predict, and shared by blocks; 0 is half the model's length
     stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
     scale: int = 2  # [2, 64] super_resolve, cascade: the given frames are so many times smaller
     input: str = ""  # a video to start from; by default clips of the test split
@@ -63,7 +65,7 @@ class Model:
 
 @dataclass
 class Given:
-    """What is known before sampling: x where the frame is known; low, small frames, where the frame is low_known."""
+    """What is known before sampling: x where a frame is known, and low where it is low_known."""
     x: Tensor  # (B, C, T, H, W), zero where unknown
     known: Tensor  # (T,) bool
     low: Tensor | None = None  # (B, C, T, H / scale, W / scale), zero where unknown
@@ -74,11 +76,11 @@ class Given:
         return Given(self.x[:, :, where], self.known[where], *low)
 
 
-# ---- from a checkpoint to a denoiser -----------------------------------------------------------------------------
+# ---- from a checkpoint to a denoiser ---------------------------------------------------------------------
 
 
 def find(path: str) -> Path:
-    """The checkpoint meant by a file, a run's folder, or "": the newest run's, else the first in pretrained/."""
+    """The checkpoint that a file, a run's folder or "" means: the newest run's, else pretrained/'s first."""
     if path:
         return checkpoint.newest(Path(path)) if Path(path).is_dir() else Path(path)
     shipped = sorted((Path(__file__).parent / "pretrained").glob("*.pt"))
@@ -114,11 +116,11 @@ def text_guided(model: Model, s: SampleConfig) -> Denoiser:
                            denoiser(model.network, model.diffusion), s.w)
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------------
+# ---- drawing ---------------------------------------------------------------------------------------------
 
 
 def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
-    """The video (B, C, T, H, W): block after block, what is drawn being given to the next (block-autoregression)."""
+    """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
     generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s)
     length = model.network.config.frames
     starts = block_starts(given.known, length, overlap(model, s))
@@ -138,7 +140,7 @@ def overlap(model: Model, s: SampleConfig) -> int:
 
 
 def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
-    """Where the blocks of a video begin: each shares its first frames, overlap or more, with those before it."""
+    """Where a video's blocks begin: each shares overlap frames or more with what is known before it."""
     total, prefix = len(known), int(known.int().cumprod(0).sum())
     starts = [max(0, min(prefix - overlap, total - length))]
     while starts[-1] + length < total:
@@ -146,27 +148,27 @@ def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
     return starts
 
 
-def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, generator: torch.Generator) -> Tensor:
-    """One block: what is given guides the denoiser, known frames are replaced as well, then the sampler runs."""
+def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: torch.Generator) -> Tensor:
+    """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
     known, constrain = given.known[:, None, None], identity
     if known.any():
-        constrain = replacement(given.x.clone(), known, generator)
+        constrain = replacement(given.x.clone(), known, noise)
     if given.low is not None or known.any() and s.method == "reconstruction":
         w_r = s.w_r or (10.0 if given.low is None else 1.0)
         denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
                                         lambda x: seen(given, s, x, smaller(x, s.scale)), w_r)
-    logsnrs = schedule(torch.linspace(1, 0, s.steps + 1, dtype=torch.float64), model.diffusion).to(model.device)
-    z = noise_like(given.x, generator)
+    times = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64)
+    logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)
     if s.sampler == "ancestral":
-        return sample(clipped(denoise), z, logsnrs, s.gamma, s.delta, constrain, generator)
+        return sample(clipped(denoise), z, logsnrs, s.gamma, s.delta, constrain, noise)
     return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](clipped(denoise), z, logsnrs, constrain)
 
 
 def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:
-    """The part of a video that is given, flat (B, n): its known frames, and its low_known frames made small."""
+    """What is given of a video, flat (B, n): its known frames, and its low_known frames made small."""
     parts = [video * given.known[:, None, None]]
     if given.low is not None:
-        # Paper: no factor. With it pooling has norm 1 and w_r means in space what it means in time (w_r / scale^2)
+        # Paper: no factor. With it pooling has norm 1, and w_r means in space what it means in time
         parts.append(s.scale * small * given.low_known[:, None, None])
     return torch.cat([part.flatten(1) for part in parts], 1)
 
@@ -179,7 +181,7 @@ def counted(denoise: Denoiser, bar: tqdm) -> Denoiser:
     return call
 
 
-# ---- the modes: what is given ------------------------------------------------------------------------------------
+# ---- the modes: what is given ----------------------------------------------------------------------------
 
 
 def generate(model: Model, s: SampleConfig) -> Given:
@@ -225,8 +227,8 @@ def cascade(model: Model, s: SampleConfig) -> Given:
     check(base, s)
     small, large = base.network.config, model.network.config
     if (small.size * s.scale, small.channels) != (large.size, large.channels):
-        raise ValueError(f"--base draws {small.channels} x {small.size} px frames, but --scale {s.scale} needs "
-                         f"{large.channels} x {large.size // s.scale} px")
+        raise ValueError(f"--base draws frames of {small.channels} x {small.size} px, but --scale {s.scale} "
+                         f"needs {large.channels} x {large.size // s.scale} px")
     x = fill(base, s, nothing(base, s, (s.frames - 1) // s.stride + 1 if s.frames else small.frames))
     return show_small(nothing(model, s, s.frames or (x.shape[2] - 1) * s.stride + 1), s.stride, x)
 
@@ -258,7 +260,7 @@ def smaller(x: Tensor, scale: int) -> Tensor:
 
 
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
-    """One frame in --stride (B, C, n, H, W), from the input or the test split, and the frames of the whole video."""
+    """One frame in --stride of the input or test split (B, C, n, H, W), and the whole video's frames."""
     frames = s.frames or (0 if s.input else model.network.config.frames)
     x = source(model, s, (frames - 1) // s.stride + 1 if frames else 0, s.stride)
     return x, frames or (x.shape[2] - 1) * s.stride + 1
@@ -276,7 +278,7 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
     return x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1)
 
 
-# ---- the program -------------------------------------------------------------------------------------------------
+# ---- the program -----------------------------------------------------------------------------------------
 
 
 def check(model: Model, s: SampleConfig) -> None:
@@ -285,7 +287,8 @@ def check(model: Model, s: SampleConfig) -> None:
     wrong = {
         f"--overlap {k} must be less than the model's {length} frames": k >= length,
         f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
-        "--text needs a model trained with captions, and this one is unconditional": s.text and not model.text.cond_dim,
+        "--text needs a model trained with captions, and this one is unconditional":
+            s.text and not model.text.cond_dim,
         "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
         f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
             (s.delta or s.gamma) and s.sampler != "ancestral",
@@ -304,7 +307,8 @@ def main() -> None:
     s, = config.parse(SampleConfig)
     machine, path = start(s.device, s.precision, s.threads), find(s.checkpoint)
     model, trained = load_model(path, machine.device)
-    s, = config.parse(SampleConfig, defaults=lambda given: config.SAMPLING.get(trained["preset"], {}) if "sampler" not in given else {})
+    numbers = config.SAMPLING.get(trained["preset"], {})  # the paper's, unless another sampler is asked for
+    s, = config.parse(SampleConfig, defaults=lambda given: {} if "sampler" in given else numbers)
     check(model, s)
     print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px")
     mode = {"generate": generate, "predict": predict, "extend": extend, "interpolate": interpolate,

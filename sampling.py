@@ -1,8 +1,9 @@
-"""Section 2, sampling: ancestral, predictor-corrector, and two deterministic samplers with fewer network calls.
+"""Section 2, sampling: ancestral, predictor-corrector, and two deterministic ones with fewer network calls.
 
 A sampler sees a denoiser (z, logsnr) -> x_hat and nothing else: condition and guidance were bound before
-(guidance.py). It walks logsnrs (N + 1,), rising from noise to data, and calls the denoiser N times (2N - 1 with
-the corrector). constrain(z, logsnr) -> z is imposed on z after every step (the replacement method, section 3.1).
+(guidance.py). It walks logsnrs (N + 1,), rising from noise to data, and calls the denoiser N times (2N - 1
+with the corrector). constrain(z, logsnr) -> z is imposed on z after every step (the replacement method,
+section 3.1).
 """
 from collections.abc import Callable
 
@@ -22,9 +23,9 @@ def identity(z: Tensor, logsnr: Tensor) -> Tensor:
 @torch.no_grad()  # not inference_mode: guidance differentiates inside
 def sample(denoise: Denoiser, z: Tensor, logsnrs: Tensor, gamma: float = 0.0, delta: float = 0.0,
            constrain: Constraint = identity, generator: torch.Generator | None = None) -> Tensor:
-    """Ancestral sampling from noise z (B, C, F, H, W) to a video; delta > 0 adds the Langevin corrector (section 2).
+    """Ancestral sampling from noise z (B, C, F, H, W) to a video; delta > 0 adds the corrector (section 2).
 
-    gamma in [0, 1] chooses the variance of Eq. 4; delta is the step size of Eq. 5, 0.1 in the paper.
+    gamma in [0, 1] chooses the variance of Eq. 4; delta is the Langevin step size of Eq. 5, 0.1 in the paper.
     """
     z = constrain(z, logsnrs[0])
     for logsnr_t, logsnr_s in zip(logsnrs[:-2], logsnrs[1:-1]):
@@ -55,7 +56,7 @@ def ddim(denoise: Denoiser, z: Tensor, logsnrs: Tensor, constrain: Constraint = 
 
 @torch.no_grad()
 def dpm_solver(denoise: Denoiser, z: Tensor, logsnrs: Tensor, constrain: Constraint = identity) -> Tensor:
-    """DPM-Solver++(2M) of Lu et al. 2022: second-order multistep in log-SNR, one call a step (not in the paper)."""
+    """DPM-Solver++(2M) of Lu et al. 2022: second-order multistep in log-SNR (not in the paper)."""
     z, x_previous, h_previous = constrain(z, logsnrs[0]), None, None
     for logsnr_t, logsnr_s in zip(logsnrs[:-2], logsnrs[1:-1]):
         x_hat, h = denoise(z, logsnr_t), (logsnr_s - logsnr_t) / 2  # their lambda is log(alpha / sigma)

@@ -1,4 +1,4 @@
-"""The arrows between files are the arrows between the paper's ideas: who may import whom, and how large a file is."""
+"""The arrows between files are those between the paper's ideas: who may import whom, how large a file is."""
 import ast
 import functools
 import io
@@ -19,8 +19,10 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "guidance": ({"diffusion"}, set()),
     "sampling": ({"diffusion"}, set()),
     "cost": ({"diffusion", "unet3d"}, set()),
-    "train": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint"}, {"sampling", "machine", "cost"}),
-    "sample": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint", "guidance", "sampling"}, {"machine"}),
+    "train": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint"},
+              {"sampling", "machine", "cost"}),
+    "sample": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint", "guidance", "sampling"},
+               {"machine"}),
     "metrics": (set(), {"data", "unet3d", "checkpoint", "config", "machine"}),
     "evaluate": ({"sample", "metrics"}, {"config", "data", "checkpoint", "machine", "diffusion"}),
 }
@@ -60,12 +62,14 @@ def neighbours(name: str) -> set[str]:
 def code_lines(name: str) -> int:
     """Lines that hold code: no blank lines, comments and docstrings."""
     source, lines = FILES[name].read_text(), set()
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+              tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in silent:
             lines |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if (isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                and ast.get_docstring(node) is not None):
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
 
@@ -88,7 +92,8 @@ def test_guidance_and_sampling_never_meet_but_in_the_programs():
 
 
 def test_the_network_is_imported_by_programs_alone():
-    assert {name for name in PRODUCT if "unet3d" in neighbours(name)} <= {"train", "sample", "cost", "metrics"}
+    assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
+            <= {"train", "sample", "cost", "metrics"})
 
 
 def test_no_import_points_in_a_circle():

@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were written, or as one sentence: whatever happened to the file in between."""
+"""Checkpoints come back as they were written, or as one sentence, whatever happened to the file between."""
 import copy
 import os
 import pickle
@@ -13,8 +13,8 @@ from torch import nn
 
 import checkpoint
 
-CONTENT = {"model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor(1.5)}, "settings": {"lr": 1e-3,
-           "name": "é", "dim_mults": (1, 2), "flip": True, "none": None}, "step": 3}
+CONTENT = {"model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor(1.5)},
+           "settings": {"lr": 1e-3, "name": "é", "dim_mults": (1, 2), "flip": True, "none": None}, "step": 3}
 
 
 def equal(a, b) -> bool:
@@ -47,7 +47,7 @@ def saved(tmp_path) -> Path:
     return path
 
 
-# ---- there and back ----------------------------------------------------------------------------------------------
+# ---- there and back ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [
@@ -72,7 +72,8 @@ def test_a_trained_network_and_its_optimizer_are_loaded(tmp_path):
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint.save(tmp_path / "x.pt", content)
     loaded = checkpoint.load(tmp_path / "x.pt")
-    assert equal(loaded["optimizer"], content["optimizer"]) and equal(dict(loaded["model"]), dict(content["model"]))
+    assert (equal(loaded["optimizer"], content["optimizer"])
+            and equal(dict(loaded["model"]), dict(content["model"])))
     optimizer.load_state_dict(loaded["optimizer"])
 
 
@@ -88,9 +89,11 @@ def test_a_path_may_be_a_string(tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda c: c["model"]["weight"].__setitem__((0, 0), 1e-30), lambda c: c.update(step=4),
-    lambda c: c["model"].update(bias=torch.tensor([1.5])), lambda c: c["model"].update(bias=torch.tensor(1.5).double()),
-    lambda c: c["settings"].update(lr=2e-3), lambda c: c["settings"].update(name="e"), lambda c: c.update(more=0),
-    lambda c: c["settings"].update(dim_mults=(1, 2, 2)), lambda c: c["model"].update(weights=c["model"].pop("weight"))])
+    lambda c: c["model"].update(bias=torch.tensor([1.5])),
+    lambda c: c["model"].update(bias=torch.tensor(1.5).double()),
+    lambda c: c["settings"].update(lr=2e-3), lambda c: c["settings"].update(name="e"),
+    lambda c: c.update(more=0), lambda c: c["settings"].update(dim_mults=(1, 2, 2)),
+    lambda c: c["model"].update(weights=c["model"].pop("weight"))])
 def test_the_checksum_sees_every_change(change):
     other = copy.deepcopy(CONTENT)
     assert checkpoint.checksum(other) == checkpoint.checksum(CONTENT)
@@ -98,7 +101,7 @@ def test_the_checksum_sees_every_change(change):
     assert checkpoint.checksum(other) != checkpoint.checksum(CONTENT)
 
 
-# ---- written whole or not at all ---------------------------------------------------------------------------------
+# ---- written whole or not at all ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["torch.save", "os.fsync", "os.replace"])
@@ -135,7 +138,7 @@ def test_saving_again_replaces_the_file(saved):
     assert checkpoint.load(saved) == {"step": 4}
 
 
-# ---- damaged, foreign and hostile files --------------------------------------------------------------------------
+# ---- damaged, foreign and hostile files --------------------------------------------------------------------
 
 
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
@@ -144,8 +147,8 @@ def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("data", [
     b"", b"\0" * 4096, b"<!DOCTYPE html><html>Not found</html>", b"version https://git-lfs", b"PK\x03\x04",
-    b"PK\x05\x06" + b"\0" * 18, b"\x1f\x8b\x08\x00", b"GIF89a", b"{}", b"N.", b"\x80\x04\x95", b"\x80\x02}q\x00.",
-    b"(", b"S", b"M", b"QK\x03\x04", b"a", b"]."])
+    b"PK\x05\x06" + b"\0" * 18, b"\x1f\x8b\x08\x00", b"GIF89a", b"{}", b"N.", b"\x80\x04\x95",
+    b"\x80\x02}q\x00.", b"(", b"S", b"M", b"QK\x03\x04", b"a", b"]."])
 def test_a_file_of_another_kind_is_one_sentence(data, tmp_path):
     (tmp_path / "x.pt").write_bytes(data)
     assert refused(tmp_path / "x.pt")
@@ -168,7 +171,7 @@ def test_a_truncated_checkpoint_is_one_sentence(saved):
 
 def test_a_flipped_byte_is_harmless_or_one_sentence(saved):
     whole, found = saved.read_bytes(), 0
-    for position in [*range(0, len(whole), len(whole) // 60), *range(200, 220)]:  # the latter: the pickle's head
+    for position in [*range(0, len(whole), len(whole) // 60), *range(200, 220)]:  # latter: the pickle's head
         for flip in (0x01, 0xFF):
             damaged = bytearray(whole)
             damaged[position] ^= flip
@@ -189,8 +192,9 @@ def test_a_changed_weight_is_caught_by_the_checksum(saved):
         checkpoint.load(saved)
 
 
-@pytest.mark.parametrize("stored", [{"content": {"step": 1}}, {"sha256": "0"}, {"content": {"step": 1}, "sha256": "0"},
-                                    [1, 2], torch.ones(3), "text", None, 3, {"content": None, "sha256": None}])
+@pytest.mark.parametrize("stored", [{"content": {"step": 1}}, {"sha256": "0"},
+                                    {"content": {"step": 1}, "sha256": "0"}, [1, 2], torch.ones(3), "text",
+                                    None, 3, {"content": None, "sha256": None}])
 def test_a_file_by_torch_save_that_is_no_checkpoint_is_one_sentence(stored, tmp_path):
     torch.save(stored, tmp_path / "x.pt")
     assert refused(tmp_path / "x.pt")
@@ -215,7 +219,7 @@ def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path):
     assert refused(path) and not (tmp_path / "harm").exists()
 
 
-# ---- the newest, and names of parameters -------------------------------------------------------------------------
+# ---- the newest, and names of parameters -------------------------------------------------------------------
 
 
 def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
@@ -235,10 +239,10 @@ def test_a_folder_without_a_checkpoint_is_one_sentence(tmp_path):
 
 
 def test_the_prefixes_of_wrappers_are_taken_off_the_names():
-    state = OrderedDict({"module.a.weight": 1, "_orig_mod.b": 2, "module._orig_mod.module.c": 3, "d.module.e": 4,
-                         "f._orig_mod.g": 5, "modules.h": 6, "n_averaged": 7})
-    assert checkpoint.plain_keys(state) == {"a.weight": 1, "b": 2, "c": 3, "d.module.e": 4, "f._orig_mod.g": 5,
-                                            "modules.h": 6}
+    state = OrderedDict({"module.a.weight": 1, "_orig_mod.b": 2, "module._orig_mod.module.c": 3,
+                         "d.module.e": 4, "f._orig_mod.g": 5, "modules.h": 6, "n_averaged": 7})
+    assert checkpoint.plain_keys(state) == {"a.weight": 1, "b": 2, "c": 3, "d.module.e": 4,
+                                            "f._orig_mod.g": 5, "modules.h": 6}
 
 
 def test_averaged_weights_fit_the_plain_network():

@@ -1,4 +1,4 @@
-"""The command line: what every flag of the project accepts and refuses, and the paper's numbers in the presets."""
+"""The command line: what every flag accepts and refuses, and the paper's numbers in the presets."""
 import dataclasses
 import functools
 import inspect
@@ -75,7 +75,7 @@ def parsed(*argv: str, owners: tuple[type, ...] = TRAIN, **options) -> dict:
     return {k: v for part in config.parse(*owners, argv=list(argv), **options) for k, v in vars(part).items()}
 
 
-# ---- every flag --------------------------------------------------------------------------------------------------
+# ---- every flag --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("owner, field", FLAGS)
@@ -144,8 +144,9 @@ def test_help_shows_every_flag_with_its_comment_and_its_range(owners, capsys):
     for owner in owners:
         for field in dataclasses.fields(owner):
             assert re.search(rf"--{field.name}\b", shown)
+            # one flag, one comment
             assert any(" ".join(comment(other, same).split()) in shown for other in owners
-                       for same in dataclasses.fields(other) if same.name == field.name)  # one flag, one comment
+                       for same in dataclasses.fields(other) if same.name == field.name)
 
 
 @pytest.mark.parametrize("owners", [TRAIN, (SampleConfig,)])
@@ -159,7 +160,7 @@ def test_an_unknown_or_incomplete_flag_is_one_sentence(argv, capsys):
     assert argv[0] in refusal(capsys, argv, *TRAIN) or argv[-1] == "9"
 
 
-# ---- shared flags ------------------------------------------------------------------------------------------------
+# ---- shared flags ------------------------------------------------------------------------------------------
 
 
 def shared() -> dict[str, list]:
@@ -183,7 +184,7 @@ def test_a_shared_field_has_one_type_one_default_and_one_range(name):
     assert len({allowed(owner, field)[0] for owner, field in shared()[name]}) == 1
 
 
-# ---- what wins ---------------------------------------------------------------------------------------------------
+# ---- what wins ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -204,7 +205,8 @@ def test_a_flag_by_hand_wins_over_defaults_those_over_the_preset_and_that_over_t
     assert example("--preset", "ucf101") == example(preset="ucf101") == preset
     assert example("--preset", "bair", preset="ucf101") == config.PRESETS["bair"]["dim"]
     assert example("--preset", "ucf101", dim=7) == 7
-    assert example("--preset", "ucf101", "--dim", "3", dim=7) == example("--dim", "3", "--preset", "ucf101") == 3
+    assert (example("--preset", "ucf101", "--dim", "3", dim=7)
+            == example("--dim", "3", "--preset", "ucf101") == 3)
     assert example("--preset", "ucf101", "--dim", "0", dim=7) == 0  # also if it is falsy
     assert example("--preset", "ucf101", "--dim", "1") == 1  # also if it is the default
 
@@ -241,7 +243,7 @@ def test_flags_that_contradict_each_other_are_one_sentence(capsys):
     assert "--size 10" in refusal(capsys, ["--size", "10"], *TRAIN)
 
 
-# ---- errors of a whole program -----------------------------------------------------------------------------------
+# ---- errors of a whole program -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [ValueError("no such\n thing"), FileNotFoundError(2, "no such", "thing")])
@@ -259,7 +261,7 @@ def test_a_bug_is_shown_with_its_traceback():
         config.run(lambda: 1 / 0)
 
 
-# ---- the paper's appendix ----------------------------------------------------------------------------------------
+# ---- the paper's appendix ----------------------------------------------------------------------------------
 
 COLUMNS = "ucf101 bair kinetics600 text_small text_large text_9x128".split()
 APPENDIX = {  # section 6 of the facts about the paper, written again
@@ -331,6 +333,6 @@ def test_a_preset_is_a_network_that_can_be_built_and_attends_where_it_says(prese
     values = parsed("--preset", preset)
     levels = [values["size"] // values["patch"] // 2**i for i in range(len(values["dim_mults"]))]
     assert set(values["attention_resolutions"]) <= set(levels) and math.prod(levels) > 0
-    choices = {field.name: typing.get_args(field.type) for owner in TRAIN for field in dataclasses.fields(owner)
-               if kind(field) is Literal}
+    choices = {field.name: typing.get_args(field.type)
+               for owner in TRAIN for field in dataclasses.fields(owner) if kind(field) is Literal}
     assert all(values[name] in allowed_values for name, allowed_values in choices.items())

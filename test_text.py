@@ -26,7 +26,7 @@ def used(tokens: Tensor) -> int:
     return sum(present)
 
 
-# ---- words -------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cond_dim", [0, 1, 7, 64])
@@ -55,7 +55,8 @@ def test_case_and_spaces_do_not_matter():
 def test_the_same_word_has_the_same_vector_wherever_it_stands():
     first, second = one("left three"), one("three left")
     half = WORDS.cond_dim // 2
-    assert torch.equal(first[1, :half], second[0, :half]) and torch.equal(one("left left")[0, :half], first[0, :half])
+    assert (torch.equal(first[1, :half], second[0, :half])
+            and torch.equal(one("left left")[0, :half], first[0, :half]))
     assert torch.equal(one("left right")[0], one("left three")[0])
 
 
@@ -101,7 +102,7 @@ def test_the_returned_embedding_may_be_overwritten():
     assert torch.equal(one("three left"), expected)
 
 
-# ---- BERT --------------------------------------------------------------------------------------------------------
+# ---- BERT --------------------------------------------------------------------------------------------------
 
 
 def one_sentence(error: pytest.ExceptionInfo, *parts: str) -> bool:
@@ -150,7 +151,8 @@ def bert(tmp_path_factory):
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(VOCABULARY), **sizes)).save_pretrained(folder)
+    transformers.BertModel(
+        transformers.BertConfig(vocab_size=len(VOCABULARY), **sizes)).save_pretrained(folder)
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return str(folder)
 

@@ -1,6 +1,6 @@
-"""Training: resumed runs, two processes, averaged weights, the run's folder, signals, and what users get wrong.
+"""Training: resumed runs, two processes, averaged weights, the run's folder, signals, and users' mistakes.
 
-Most runs are a few steps of a tiny network inside this process; real processes only where the process is the point.
+Most runs are a few steps of a tiny network in this process; real processes where the process is the point.
 """
 import dataclasses
 import functools
@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch
 from torch import Tensor, nn
 
 import checkpoint
@@ -38,9 +39,9 @@ from unet3d import UNet3D
 
 HERE = Path(__file__).parent
 CPU = Machine(torch.device("cpu"), "float32")
-SHAPE = ("--dataset moving_mnist --size 16 --frames 4 --num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 "
-         "--head_dim 8 --emb_dim 16 --emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8").split()
-TINY = [*SHAPE, *"--preset cpu --device cpu --precision float32 --batch_size 2".split()]
+TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
+        "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 --emb_layers 1 "
+        "--patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2").split()
 # everything random in one run: dropout, image frames, dropped captions, two micro-batches in a step
 RUN = [*TINY, *("--steps 6 --accumulate 2 --dropout 0.2 --cond_dropout 0.5 --ema 0.3 --warmup 3 --lr 0.01 "
                 "--save_every 2 --log_every 2 --preview_every 4").split()]
@@ -49,7 +50,7 @@ RUN = [*TINY, *("--steps 6 --accumulate 2 --dropout 0.2 --cond_dropout 0.5 --ema
 @pytest.fixture(autouse=True, scope="module")
 def sources_read_once() -> Iterator[None]:
     """inspect.getsource parses a whole file, for each dataclass of each command line."""
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
         yield
 
@@ -63,7 +64,7 @@ def signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def program(monkeypatch: pytest.MonkeyPatch, flags: list) -> None:
+def program(monkeypatch: MonkeyPatch, flags: list) -> None:
     """python train.py flags, in this process."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     config.run(train.main)
@@ -115,7 +116,8 @@ def recorded(flags: list, folder: Path, stop_after: int = 0) -> Recorded:
     weights, rates, fed, step, loss = [], [], [], train.train_step, train.micro_batch_loss
 
     def spying_step(network: nn.Module, state: train.State, *rest: object) -> tuple[Tensor, Tensor]:
-        rates.append(state.optimizer.param_groups[0]["lr"])
+        if not weights:
+            state.optimizer.register_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
         result = step(network, state, *rest)
         weights.append([p.detach().clone() for p in state.model.parameters()])
         if state.step == stop_after:
@@ -126,7 +128,7 @@ def recorded(flags: list, folder: Path, stop_after: int = 0) -> Recorded:
         fed.append((index, *batch))
         return loss(network, batch, index, *rest)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", spying_step)
         patch.setattr(train, "micro_batch_loss", spying_loss)
         try:
@@ -157,20 +159,20 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> list[Recorded]:
     return [first, second]
 
 
-# ---- going on where it stopped -----------------------------------------------------------------------------------
+# ---- going on where it stopped -----------------------------------------------------------------------------
 
 
 def test_a_stopped_run_is_saved_at_the_step_it_reached(halves: list[Recorded]) -> None:
     assert halves[0].content["step"] == 3
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole: Recorded, halves: list[Recorded]) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole: Recorded, halves: list) -> None:
     assert halves[1].content["step"] == whole.content["step"] == 6
     assert same(learned(halves[1].content), learned(whole.content))
     assert not same(learned(halves[0].content), learned(whole.content))
 
 
-def test_a_resumed_run_sees_the_data_that_come_next_and_none_twice(whole: Recorded, halves: list[Recorded]) -> None:
+def test_a_resumed_run_sees_the_data_that_come_next_and_none_twice(whole: Recorded, halves: list) -> None:
     assert [index for index, _, _ in halves[0].fed] == list(range(6))
     assert [index for index, _, _ in halves[1].fed] == list(range(6, 12))
     assert same([x for _, x, _ in halves[0].fed + halves[1].fed], [x for _, x, _ in whole.fed])
@@ -183,8 +185,8 @@ def test_a_resumed_run_keeps_its_settings(whole: Recorded, halves: list[Recorded
 
 
 def test_flags_given_with_resume_win_over_the_run(whole: Recorded, tmp_path: Path) -> None:
-    flags = ["--resume", whole.folder, "--out", tmp_path / "on", *"--steps 7 --decay constant --lr 0.003".split()]
-    resumed = recorded(flags, tmp_path / "on")
+    changed = "--steps 7 --decay constant --lr 0.003".split()
+    resumed = recorded(["--resume", whole.folder, "--out", tmp_path / "on", *changed], tmp_path / "on")
     assert resumed.rates == pytest.approx([0.003])
 
 
@@ -198,7 +200,7 @@ def test_the_checkpoint_with_the_most_steps_is_resumed_whatever_the_dates(whole:
         os.utime(late, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-# ---- one step ----------------------------------------------------------------------------------------------------
+# ---- one step ----------------------------------------------------------------------------------------------
 
 
 def test_each_micro_batch_depends_on_seed_and_index_alone(whole: Recorded) -> None:
@@ -222,7 +224,7 @@ def test_times_noise_and_dropout_depend_on_seed_and_index_alone() -> None:
     assert value(5) != value(6)
 
 
-def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monkeypatch: MonkeyPatch) -> None:
     s, seen = train.settings([*TINY, "--cond_dropout", "0.25"]), []
     monkeypatch.setattr(train, "condition", lambda captions, text: torch.ones(len(captions), 2, 3, 8))
     monkeypatch.setattr(train, "loss", lambda network, x, d, cond, k: seen.append(cond) or torch.zeros(2))
@@ -231,7 +233,7 @@ def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monke
     cond = torch.stack(seen)  # step b k l d
     assert ((cond == 0).all((-1, -2)) | (cond == 1).all((-1, -2))).all()  # a caption goes or stays as a whole
     dropped = (cond == 0).all((-1, -2)).float().mean((0, 1))
-    assert dropped.tolist() == pytest.approx([0.25, 0.25], abs=0.03)  # 2400 draws each: 3.4 standard deviations
+    assert dropped.tolist() == pytest.approx([0.25, 0.25], abs=0.03)  # 2400 draws each: 3.4 deviations
 
 
 def stub_loss(network: nn.Module, x: Tensor, diffusion: object, cond: Tensor, num_images: int) -> Tensor:
@@ -239,32 +241,32 @@ def stub_loss(network: nn.Module, x: Tensor, diffusion: object, cond: Tensor, nu
     return (network(x, torch.tensor(0.0), cond, num_images) - x).square().flatten(1).mean(1)
 
 
-def gradients(monkeypatch: pytest.MonkeyPatch, s: train.Settings, stream: Iterator) -> tuple[list[Tensor], float]:
+def gradients(s: train.Settings, stream: Iterator) -> tuple[list[Tensor], float]:
     """What one training step hands the optimizer, and the norm that it reports."""
     state, seen = train.build(s, CPU.device), []
     nn.init.normal_(state.model.exit[-1].weight)  # or all other gradients are 0 at the start
-    monkeypatch.setattr(state.optimizer, "step", lambda: seen.extend(p.grad.clone() for p in state.model.parameters()
-                                                                     if p.grad is not None))
+    state.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in state.model.parameters() if p.grad is not None))
     _, norm = train.train_step(state.model, state, stream, s, CPU)
     return seen, norm.item()
 
 
-def test_accumulating_micro_batches_is_one_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulating_micro_batches_is_one_large_batch(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(train, "loss", stub_loss)
     flags = [*TINY, "--clip", "1000000", "--cond_dropout", "0"]
     s = train.settings([*flags, "--accumulate", "3"])
     parts = list(itertools.islice(batches(s.data, 2, 0), 3))
     joint = torch.cat([x for x, _ in parts]), [caption for _, captions in parts for caption in captions]
-    ours, _ = gradients(monkeypatch, s, iter(parts))
-    theirs, _ = gradients(monkeypatch, train.settings(flags), iter([joint]))
+    ours, _ = gradients(s, iter(parts))
+    theirs, _ = gradients(train.settings(flags), iter([joint]))
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
     assert max(g.abs().max() for g in theirs) > 0.01
 
 
-def test_the_gradient_is_clipped_to_the_given_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_clipped_to_the_given_norm() -> None:
     s = train.settings([*TINY, "--clip", "0.001"])
-    clipped, norm = gradients(monkeypatch, s, batches(s.data, 2, 0))
+    clipped, norm = gradients(s, batches(s.data, 2, 0))
     length = torch.cat([g.flatten() for g in clipped]).norm().item()
     assert length == pytest.approx(0.001, rel=1e-3) and norm > 0.01  # the norm reported is the one before
 
@@ -290,19 +292,19 @@ def test_the_averaged_weights_are_those_of_a_loop_by_hand_with_warm_up(whole: Re
     assert not same(tensors(whole.content["ema"]), tensors(whole.content["model"]))
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monkeypatch: MonkeyPatch) -> None:
     s = train.settings(TINY)
     state = train.build(s, CPU.device)
     before = [p.detach().clone() for p in state.model.parameters()]
-    monkeypatch.setattr(train, "loss", lambda network, *rest: rest[0].sum() * network.entry.weight.sum() * math.inf)
+    monkeypatch.setattr(train, "loss", lambda network, *rest: network.entry.weight.sum() * math.inf)
     with pytest.raises(ValueError, match="gradient of step 1 is not finite"):
         train.train_step(state.model, state, batches(s.data, 2, 0), s, CPU)
     assert same(list(state.model.parameters()), before) and same(list(state.ema.module.parameters()), before)
     assert not state.optimizer.state and state.step == 0
 
 
-def test_a_run_whose_gradient_is_not_finite_can_be_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                           capsys: pytest.CaptureFixture) -> None:
+def test_a_run_whose_gradient_is_not_finite_can_be_resumed(
+        monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
     honest = train.loss
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         calls = itertools.count()
@@ -315,14 +317,66 @@ def test_a_run_whose_gradient_is_not_finite_can_be_resumed(monkeypatch: pytest.M
     assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] == 4
 
 
-# ---- the run's folder --------------------------------------------------------------------------------------------
+# ---- it learns ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Squares:
+    """Two clips of a square on its way, right and down, and the settings to learn them by heart."""
+    clips: Tensor  # (2, 1, 4, 16, 16)
+    settings: train.Settings
+
+    def stream(self) -> Iterator[tuple[Tensor, list]]:
+        while True:
+            yield self.clips.repeat(4, 1, 1, 1, 1), [["right"], ["down"]] * 4
+
+    def drawn(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """Of 8 videos, 4 with each caption: correlation and squared distance (8, 2) to the two clips."""
+        d = self.settings.diffusion
+        x_hat = denoiser(network.eval(), d, embed(["right", "down"] * 4, self.settings.text))
+        z = torch.randn(8, 1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        logsnrs = schedule(torch.linspace(1, 0, 17), d)
+        videos = dpm_solver(lambda z, logsnr: x_hat(z, logsnr).clamp(-1, 1), z, logsnrs).flatten(1)
+        both = torch.cat([videos, self.clips.flatten(1)])
+        return torch.corrcoef(both)[:8, 8:], (videos[:, None] - self.clips.flatten(1)).square().mean(-1)
+
+
+@pytest.fixture(scope="module")
+def squares() -> Squares:
+    clips = -torch.ones(2, 1, 4, 16, 16)
+    for f in range(4):
+        clips[0, 0, f, 4:12, 1 + 2 * f : 9 + 2 * f] = 1
+        clips[1, 0, f, 1 + 2 * f : 9 + 2 * f, 4:12] = 1
+    flags = ("--num_images 0 --dim 32 --dim_mults 1,2,2 --patch 2 --head_dim 32 --emb_dim 64 --emb_layers 2 "
+             "--attention_resolutions 4,2 --cond_dim 16 --cond_dropout 0 --noise_shift 3 --lr 0.003 "
+             "--warmup 20 --ema 0.95 --batch_size 8 --steps 350").split()
+    return Squares(clips, train.settings([*TINY, *flags]))
+
+
+def test_two_clips_are_learned_by_heart_and_drawn_when_their_caption_is_given(squares: Squares) -> None:
+    s, stream = squares.settings, squares.stream()
+    state = train.build(s, CPU.device)
+    losses = [train.train_step(state.model, state, stream, s, CPU)[0].item() for _ in range(s.train.steps)]
+    assert sum(losses[:10]) / 10 > 0.8 and sum(losses[-50:]) / 50 < 0.1, (losses[:10], losses[-50:])
+    likeness, distance = squares.drawn(state.ema.module)
+    assert likeness.argmax(1).tolist() == distance.argmin(1).tolist() == [0, 1] * 4  # as the captions say
+    assert likeness.max(1).values.min() > 0.9, likeness
+    assert distance.min(1).values.max() < 0.1, distance  # the clips are 0.84 apart
+
+
+def test_an_untrained_network_draws_neither_of_the_two_clips(squares: Squares) -> None:
+    likeness, distance = squares.drawn(train.build(squares.settings, CPU.device).model)
+    assert likeness.abs().max() < 0.2 and distance.min() > 0.8
+
+
+# ---- the run's folder --------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_settings_metrics_two_checkpoints_and_previews(whole: Recorded) -> None:
     files = {str(path.relative_to(whole.folder)) for path in whole.folder.rglob("*") if path.is_file()}
     previews = {f"samples/step_00000004.{suffix}" for suffix in ("gif", "webp", "png")}
-    assert files - {"loss.png"} == {"config.json", "metrics.jsonl", "checkpoint_00000004.pt", "checkpoint_00000006.pt",
-                                    *previews}
+    kept = {"checkpoint_00000004.pt", "checkpoint_00000006.pt"}
+    assert files - {"loss.png"} == {"config.json", "metrics.jsonl"} | kept | previews
 
 
 def test_config_json_holds_every_setting(whole: Recorded) -> None:
@@ -355,7 +409,7 @@ def test_no_step_appears_twice_in_the_metrics_of_a_resumed_run(whole: Recorded, 
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
 
 
-def test_the_first_preview_comes_after_100_steps_at_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_preview_comes_after_100_steps_at_the_latest(monkeypatch: MonkeyPatch) -> None:
     steps = []
     monkeypatch.setattr(train, "preview", lambda state, s, machine: steps.append(state.step))
     monkeypatch.setattr(train, "save", lambda state, s: None)
@@ -366,8 +420,8 @@ def test_the_first_preview_comes_after_100_steps_at_the_latest(monkeypatch: pyte
     assert steps == [100, 150, 300]
 
 
-def test_without_matplotlib_there_is_no_curve_and_no_complaint(monkeypatch: pytest.MonkeyPatch, whole: Recorded,
-                                                               tmp_path: Path) -> None:
+def test_without_matplotlib_there_is_no_curve_and_no_complaint(
+        monkeypatch: MonkeyPatch, whole: Recorded, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "metrics.jsonl").write_text((whole.folder / "metrics.jsonl").read_text())
@@ -375,11 +429,11 @@ def test_without_matplotlib_there_is_no_curve_and_no_complaint(monkeypatch: pyte
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_with_matplotlib_a_preview_draws_the_curve(monkeypatch: pytest.MonkeyPatch, whole: Recorded,
-                                                   tmp_path: Path) -> None:
+def test_with_matplotlib_a_preview_draws_the_curve(
+        monkeypatch: MonkeyPatch, whole: Recorded, tmp_path: Path) -> None:
     drawn = []
     axes = types.SimpleNamespace(semilogy=lambda x, y: drawn.append((x, y)), set=lambda **names: None)
-    figure = types.SimpleNamespace(subplots=lambda: axes, savefig=lambda path: Path(path).write_text("a picture"))
+    figure = types.SimpleNamespace(subplots=lambda: axes, savefig=lambda path: Path(path).touch())
     monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=lambda: figure))
     monkeypatch.setattr(train, "dpm_solver", lambda denoise, z, logsnrs: z)
@@ -390,7 +444,7 @@ def test_with_matplotlib_a_preview_draws_the_curve(monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "loss.png").exists()
 
 
-# ---- what is trained on ------------------------------------------------------------------------------------------
+# ---- what is trained on ------------------------------------------------------------------------------------
 
 
 @pytest.fixture()
@@ -410,17 +464,18 @@ def clips(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_clips_is_trained_on_with_its_captions(clips: Path, tmp_path: Path) -> None:
-    flags = [*TINY, *f"--dataset video_folder --data_dir {clips} --channels 3 --steps 4 --preview_every 4".split()]
-    run = recorded([*flags, "--out", tmp_path / "run"], tmp_path / "run")
+    flags = f"--dataset video_folder --data_dir {clips} --channels 3 --steps 4 --preview_every 4".split()
+    run = recorded([*TINY, *flags, "--out", tmp_path / "run"], tmp_path / "run")
     assert run.fed[0][1].shape == (2, 3, 5, 16, 16)
     texts = {caption for *_, captions in run.fed for clip in captions for caption in clip}
     assert texts == {"a green disc", "blue noise"}  # the first of every ten clips is for testing
     assert (tmp_path / "run/samples/step_00000004.gif").exists()
 
 
-@pytest.mark.parametrize("flags", ["--dataset stochastic_moving_mnist", "--cond_dim 0", "--cond_dim 0 --num_images 0",
-                                   "--prediction eps --noise_shift 3", "--channels 3", "--checkpointing --scale_shift",
-                                   "--frames 1 --num_images 0", "--precision bf16"])
+@pytest.mark.parametrize("flags", [
+    "--dataset stochastic_moving_mnist", "--cond_dim 0", "--cond_dim 0 --num_images 0", "--emb_dim 17",
+    "--prediction eps --noise_shift 3", "--channels 3", "--checkpointing --scale_shift",
+    "--frames 1 --num_images 0", "--precision bf16"])
 def test_training_works_with(flags: str, tmp_path: Path) -> None:
     s = train.settings([*TINY, *flags.split(), "--steps", "1", "--out", str(tmp_path)])
     run = fitted([*TINY, *flags.split(), "--steps", 1], tmp_path / "run")
@@ -429,26 +484,27 @@ def test_training_works_with(flags: str, tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in learned(run))
 
 
-def test_an_unconditional_run_has_no_text_in_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unconditional_run_has_no_text_in_its_network() -> None:
     s = train.settings([*TINY, "--cond_dim", "0"])
     assert train.condition([["a 4"]], s.text) is None
-    assert not [p for p in UNet3D(s.unet).parameters() if 8 in p.shape and p.dim() == 2 and p.shape[1] == 64]
+    names = {name for name, _ in UNet3D(s.unet).named_parameters()}
+    conditional = {name for name, _ in UNet3D(train.settings(TINY).unet).named_parameters()}
+    assert conditional - names == {"embedding.query", "embedding.value.weight"} and names < conditional
 
 
-# ---- what a model costs ------------------------------------------------------------------------------------------
+# ---- what a model costs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)
-def test_dry_run_prints_what_a_preset_costs_without_allocating_it(preset: str, monkeypatch: pytest.MonkeyPatch,
-                                                                  capsys: pytest.CaptureFixture,
-                                                                  tmp_path: Path) -> None:
+def test_dry_run_prints_what_a_preset_costs_without_allocating_it(
+        preset: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     program(monkeypatch, ["--preset", preset, "--dry_run"])
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10  # MiB on Linux
     line, = capsys.readouterr().out.splitlines()
     row = re.fullmatch(rf"{preset}: ([\d.]+) M parameters, ([\d.]+) TFLOP per training step of (\d+) clips; "
-                       r"float32: weights ([\d.]+) GiB, gradients [\d.]+ GiB, optimizer ([\d.]+) GiB, EMA .*", line)
+                       r"float32: weights ([\d.]+) GiB, gradients .* GiB, optimizer ([\d.]+) GiB, .*", line)
     assert row, line
     parameters, flops, clips, weights, optimizer = map(float, row.groups())
     assert weights == pytest.approx(parameters * 4e6 / 2**30, abs=0.006)
@@ -462,20 +518,19 @@ def test_dry_run_prints_what_a_preset_costs_without_allocating_it(preset: str, m
         assert parameters > 20
 
 
-# ---- real processes ----------------------------------------------------------------------------------------------
+# ---- real processes ----------------------------------------------------------------------------------------
 
 
 def processes(*words: object) -> dict:
     """Arguments of subprocess for a Python program in the project's folder, one thread each."""
     return {"args": [sys.executable, *map(str, words)], "cwd": HERE, "text": True,
-            "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+            "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
 def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path: Path) -> None:
     flags = [*TINY, *"--steps 3 --dropout 0.1 --log_every 1 --ema 0.3 --clip 0.5".split()]
-    torchrun = processes("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags,
-                         "--accumulate", 2, "--out", tmp_path / "two")
-    done = subprocess.run(**torchrun)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py --accumulate 2".split()
+    done = subprocess.run(**processes(*torchrun, *flags, "--out", tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     two = checkpoint.load(checkpoint.newest(tmp_path / "two"))
     one = fitted([*flags, "--accumulate", 4], tmp_path / "one")
@@ -518,7 +573,7 @@ def test_ctrl_c_and_sigterm_save_and_print_a_command_that_goes_on(tmp_path: Path
     assert [line["step"] for line in metrics(folder)] == list(range(1, metrics(folder)[-1]["step"] + 1))
 
 
-# ---- mistakes ----------------------------------------------------------------------------------------------------
+# ---- mistakes ----------------------------------------------------------------------------------------------
 
 
 def occupied(folder: Path) -> list:
@@ -546,13 +601,6 @@ def short_clip(folder: Path) -> list:
     return ["--dataset", "video_folder", "--data_dir", folder]
 
 
-def short_test_clip(folder: Path) -> list:
-    (folder / "clips").mkdir()
-    for number, length in enumerate((3, 8, 8)):
-        np.save(folder / f"clips/{number}.npy", np.zeros((length, 16, 16), np.uint8))
-    return ["--dataset", "video_folder", "--data_dir", folder / "clips", "--out", folder / "run"]
-
-
 MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "size not divisible": (["--size", "18", "--dim_mults", "1,2,4"], "--size 18 is not divisible by 4"),
     "unknown preset": (["--preset", "ucf"], "--preset ucf is not one of cpu, cuda, ucf101"),
@@ -564,14 +612,12 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "no number": (["--lr", "nan"], "--lr"),
     "unknown data": (["--dataset", "imagenet"], "--dataset"),
     "two channels": (["--channels", "2"], "channels is 2"),
-    "odd embedding": (["--emb_dim", "33"], "--emb_dim"),
     "unknown device": (["--device", "gpu"], "--device gpu"),
     "no such device": (["--device", "cuda:99"], "--device cuda:99"),
     "no data_dir": (["--dataset", "video_folder"], "data_dir is ''"),
     "missing data_dir": (["--dataset", "video_folder", "--data_dir", "nowhere"], "data_dir is 'nowhere'"),
     "empty data_dir": (lambda folder: ["--dataset", "video_folder", "--data_dir", folder], "no usable clip"),
     "clips too short": (short_clip, "3 frames, 4 needed"),
-    "test clips too short": (short_test_clip, "for the test split"),
     "nothing to resume": (["--resume", "nowhere"], "nowhere"),
     "resume from garbage": (garbage, "is not a checkpoint of this project"),
     "resume from a foreign checkpoint": (foreign, "checkpoint_00000002.pt"),
@@ -581,22 +627,22 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_with_one_sentence_and_status_2(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture) -> None:
+def test_a_mistake_ends_with_one_sentence_and_status_2(
+        name: str, monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     flags, expected = MISTAKES[name]
     given = flags(tmp_path) if callable(flags) else flags
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        program(monkeypatch, ([] if "--resume" in given else [*TINY, "--steps", 1, "--preview_every", 1]) + given)
+        program(monkeypatch, ([] if "--resume" in given else [*TINY, "--steps", 1]) + given)
     lines = [line for line in capsys.readouterr().err.splitlines() if "clips" not in line or "error" in line]
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("train.py: error: ") and expected in lines[0], lines
     assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
 
 
-def test_another_shape_cannot_be_resumed(whole: Recorded, monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture) -> None:
+def test_another_shape_cannot_be_resumed(whole: Recorded, monkeypatch: MonkeyPatch,
+                                         capsys: CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         program(monkeypatch, ["--resume", whole.folder, "--dim", 16])
     line, = capsys.readouterr().err.splitlines()
@@ -604,8 +650,8 @@ def test_another_shape_cannot_be_resumed(whole: Recorded, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_run_is_never_written_over_by_another(resume: bool, whole: Recorded, halves: list[Recorded],
-                                                monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_is_never_written_over_by_another(resume: bool, whole: Recorded, halves: list,
+                                                monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
     flags = ["--resume", halves[0].folder] if resume else TINY
     with pytest.raises(SystemExit) as stopped:

@@ -1,23 +1,24 @@
-"""The network of section 3 against loops over frames and pixels, and what its frames must never hear of each other."""
+"""The network of section 3 against loops over frames and pixels, and which frames must not hear of which."""
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from unet3d import Attention, Block, Embedding, Norm, ResBlock, SpatialMix, TemporalMix, UNet3D, UNetConfig, isolate
+from unet3d import (Attention, Block, Embedding, Norm, ResBlock, SpatialMix, TemporalMix, UNet3D, UNetConfig,
+                    isolate)
 
 VIDEO, IMAGES = 3, 2  # frames of the usual clip: 0 1 2 are video, 3 4 are images
 
 
 def small(**changes) -> UNetConfig:
-    values = dict(channels=2, frames=4, size=8, dim=64, dim_mults=(1, 1), blocks=1, attention_resolutions=(8,),
-                  head_dim=16, emb_dim=16, emb_layers=2, cond_dim=6)
+    values = dict(channels=2, frames=4, size=8, dim=64, dim_mults=(1, 1), blocks=1,
+                  attention_resolutions=(8,), head_dim=16, emb_dim=16, emb_layers=2, cond_dim=6)
     return UNetConfig(**values | changes)
 
 
 def wild(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module with every parameter random: also the zero-initialised ones, or nothing could leak through them."""
+    """The module with every parameter random, zero-initialised ones too, or nothing could leak through."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         if p.numel():
@@ -34,7 +35,8 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(batch: int = 2, frames: int = VIDEO + IMAGES, captions: int = 1 + IMAGES) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: int = 2, frames: int = VIDEO + IMAGES,
+           captions: int = 1 + IMAGES) -> tuple[Tensor, Tensor, Tensor]:
     """z, logsnr and the captions' tokens, everything different everywhere."""
     logsnr = torch.linspace(-3, 2, batch).view(-1, 1, 1, 1, 1)
     return noise(batch, 2, frames, 8, 8), logsnr, noise(batch, captions, 5, 6, seed=2)
@@ -49,7 +51,7 @@ def changed(a: Tensor, b: Tensor) -> list[int]:
     return [i for i in range(a.shape[2]) if not torch.equal(a[:, :, i], b[:, :, i])]
 
 
-# ---- attention, against loops ------------------------------------------------------------------------------------
+# ---- attention, against loops ------------------------------------------------------------------------------
 
 
 def attend_by_loops(q: Tensor, k: Tensor, v: Tensor, sees, key_term, value_term) -> Tensor:
@@ -91,7 +93,8 @@ def test_temporal_attention_is_shaws_sum_over_the_frames_that_are_seen(trained, 
             for head in range(heads):
                 one = (slice(clip * frames, (clip + 1) * frames), pixel, head)
                 expected = attend_by_loops(q[one], k[one], v[one], sees(frames, num_images),
-                                           shaw_term(mix.key_table, trained), shaw_term(mix.value_table, trained))
+                                           shaw_term(mix.key_table, trained),
+                                           shaw_term(mix.value_table, trained))
                 assert close(out[one], expected)
 
 
@@ -101,7 +104,8 @@ def test_spatial_attention_is_the_sum_over_the_pixels_of_one_frame():
     for frame in range(3):
         for head in range(2):
             one = (frame, slice(None), head)
-            assert close(out[one], attend_by_loops(q[one], k[one], v[one], lambda i, j: True, nothing, nothing))
+            assert close(out[one],
+                         attend_by_loops(q[one], k[one], v[one], lambda i, j: True, nothing, nothing))
 
 
 @pytest.mark.parametrize("mix", [SpatialMix, TemporalMix])
@@ -110,7 +114,8 @@ def test_an_attention_block_is_norm_heads_loop_projection_and_residual(mix):
     layer = wild(Attention(8, mix, small(head_dim=d, frames=frames)))
     x = noise(2 * frames, 8, 2, 3)  # not square: rows and columns must not be confused
     h = layer.norm(x).flatten(2)
-    q, k, v = (torch.einsum("o c, f c n -> f n o", conv.weight[:, :, 0, 0], h) for conv in (layer.q, layer.k, layer.v))
+    q, k, v = (torch.einsum("o c, f c n -> f n o", conv.weight[:, :, 0, 0], h)
+               for conv in (layer.q, layer.k, layer.v))
     mixed, table = torch.zeros_like(v), layer.mix.key_table if mix is TemporalMix else None
     key = nothing if table is None else shaw_term(layer.mix.key_table, frames)
     value = nothing if table is None else shaw_term(layer.mix.value_table, frames)
@@ -132,7 +137,7 @@ def test_the_mask_shows_video_frames_each_other_and_an_image_frame_itself(frames
     assert mask.tolist() == [[may(i, j) for j in range(frames)] for i in range(frames)]
 
 
-# ---- joint training on images: who hears of whom -----------------------------------------------------------------
+# ---- joint training on images: who hears of whom -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
@@ -197,7 +202,7 @@ def test_a_clip_without_a_video_frame_is_refused(num_images):
         network()(noise(1, 2, 3, 8, 8), torch.tensor(0.0), None, num_images)
 
 
-# ---- clips and frames --------------------------------------------------------------------------------------------
+# ---- clips and frames --------------------------------------------------------------------------------------
 
 
 def test_permuting_the_clips_permutes_the_output():
@@ -246,7 +251,7 @@ def test_the_order_of_the_frames_is_known_through_the_tables_alone():
 
 
 def same_far_away(module: nn.Module) -> nn.Module:
-    """The module with one table row for "far before" and "far after": then only near offsets tell frames apart."""
+    """The module with one table row for "far before" and "far after": only near offsets tell frames apart."""
     for name, p in module.named_parameters():
         if "table" in name:
             p[-1] = p[0]
@@ -261,16 +266,17 @@ def shifted(still: Tensor, event: Tensor, at: int, length: int) -> Tensor:
 
 
 def test_temporal_attention_knows_no_absolute_time():
-    mix, length, mask = same_far_away(wild(TemporalMix(small(frames=3, head_dim=4)))), 14, torch.ones(14, 14).bool()
-    early, late = ([shifted(noise(1, 2, 1, 4, seed=s), noise(2, 2, 1, 4, seed=s + 3), at, length) for s in range(3)]
-                   for at in (4, 7))
+    mix, length, mask = (same_far_away(wild(TemporalMix(small(frames=3, head_dim=4)))), 14,
+                         torch.ones(14, 14).bool())
+    early, late = ([shifted(noise(1, 2, 1, 4, seed=s), noise(2, 2, 1, 4, seed=s + 3), at, length)
+                    for s in range(3)] for at in (4, 7))
     before, after = mix(*early, mask), mix(*late, mask)
     assert close(before[2:-5], after[5:-2])  # two frames from the ends all offsets occur
     assert not close(before[2:-5], after[2:-5])
 
 
 def test_the_network_knows_no_absolute_time():
-    # Three temporal layers of reach 2: the clip's ends are felt 6 frames inwards, the event 6 frames outwards.
+    # Three temporal layers of reach 2: the clip's ends are felt 6 frames inwards, the event 6 outwards.
     model, length = same_far_away(network(frames=3, dim_mults=(1,))), 29
     still, event = noise(1, 2, 8, 8), noise(2, 2, 8, 8, seed=2)
     early, late = (shifted(still, event, at, length).transpose(0, 1)[None] for at in (12, 15))
@@ -291,7 +297,7 @@ def test_any_multiple_of_the_smallest_map_can_be_sampled(height, width):
     assert out.shape == (1, 2, 2, height, width) and out.isfinite().all()
 
 
-# ---- condition and log-SNR ---------------------------------------------------------------------------------------
+# ---- condition and log-SNR ---------------------------------------------------------------------------------
 
 
 def test_no_condition_is_exactly_c_equal_to_zero():
@@ -381,11 +387,11 @@ def test_scale_shift_lets_the_embedding_scale_and_shift_the_norm():
     assert close(block(x, emb), expected)
 
 
-# ---- architecture ------------------------------------------------------------------------------------------------
+# ---- architecture ------------------------------------------------------------------------------------------
 
 
 def maps(config: UNetConfig, kind: type[nn.Module], num_images: int = 0) -> list[tuple]:
-    """(module, shape of its output) of all modules of a kind in the order they run, computed without memory."""
+    """(module, shape of its output) of all modules of a kind in the order they run, without memory."""
     with torch.device("meta"):
         model, seen = UNet3D(config), []
         for module in model.modules():
@@ -454,24 +460,27 @@ def test_space_to_depth_keeps_every_pixel_and_is_undone():
                 assert torch.equal(x[frame, :, i, j], square.flatten())
 
 
-@pytest.mark.parametrize("changes", [dict(size=12, dim_mults=(1, 1, 1, 1)), dict(size=9), dict(size=10, patch=4)])
+@pytest.mark.parametrize("changes", [dict(size=12, dim_mults=(1, 1, 1, 1)), dict(size=9),
+                                     dict(size=10, patch=4)])
 def test_a_size_that_the_levels_cannot_halve_is_one_sentence(changes):
-    with pytest.raises(ValueError, match=r"^--size \d+ is not divisible by \d+, .*--dim_mults.* --patch \d+ need$"):
+    with pytest.raises(ValueError, match=r"^--size \d+ is not divisible by \d+, "
+                                         r".*--dim_mults.* --patch \d+ need$"):
         small(**changes)
 
 
-@pytest.mark.parametrize("changes", [dict(dim=9), dict(dim=24, head_dim=20), dict(dim=8, head_dim=64), dict(emb_dim=9),
-                                     dict(emb_layers=1), dict(cond_dim=0), dict(cond_dim=1), dict(frames=1),
-                                     dict(blocks=2), dict(patch=2), dict(dim_mults=(1,)),
+@pytest.mark.parametrize("changes", [dict(dim=9), dict(dim=24, head_dim=20), dict(dim=8, head_dim=64),
+                                     dict(emb_dim=9), dict(emb_layers=1), dict(cond_dim=0), dict(cond_dim=1),
+                                     dict(frames=1), dict(blocks=2), dict(patch=2), dict(dim_mults=(1,)),
                                      dict(attention_resolutions=())])
 def test_every_allowed_configuration_runs(changes):
     model, z = network(**dict(dim=16) | changes), noise(1, 2, 3, 8, 8)
     cond = noise(1, 4, model.config.cond_dim) if model.config.cond_dim else None
     out = model(z, torch.tensor(0.0), cond, 1)
-    assert out.shape == z.shape and out.isfinite().all() and not close(out, model(2 * z, torch.tensor(0.0), cond, 1))
+    assert (out.shape == z.shape and out.isfinite().all()
+            and not close(out, model(2 * z, torch.tensor(0.0), cond, 1)))
 
 
-# ---- numbers, gradients, memory ----------------------------------------------------------------------------------
+# ---- numbers, gradients, memory ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -507,7 +516,8 @@ def test_channels_last_agrees_with_contiguous():
 def test_every_parameter_gets_a_gradient():
     model, (z, logsnr, cond) = network(frames=5, dim_mults=(1, 2)), inputs(captions=1)
     model.requires_grad_(True)(z, logsnr, cond).square().sum().backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-4]
+    without = [name for name, p in model.named_parameters()
+               if p.grad is None or not p.grad.abs().max() > 1e-4]
     assert without == []
 
 

@@ -1,7 +1,8 @@
-"""Section 4.3: captions as frozen token embeddings (B, L, D); the network pools them by attention (unet3d.py).
+"""Section 4.3: captions as frozen token embeddings (B, L, D); unet3d.py pools them by attention.
 
-Paper: BERT-large. The default here needs no download: every word gets a fixed random vector, which tells words
-apart as well as a pretrained model does on captions whose few words all occur in training, and means nothing else.
+Paper: BERT-large. The default here needs no download: every word gets a fixed random vector, which tells
+words apart as well as a pretrained model does on captions whose few words all occur in training, and means
+nothing else.
 """
 import functools
 import hashlib
@@ -16,7 +17,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class TextConfig:
     """How captions become numbers."""
-    encoder: Literal["words", "bert"] = "words"  # fixed random vectors of words, or a BERT through transformers
+    encoder: Literal["words", "bert"] = "words"  # fixed random word vectors, or a BERT through transformers
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
     tokens: int = 16  # [1, 512] longest caption in tokens; what follows is cut off
     bert: str = "bert-large-uncased"  # name or folder of the BERT (1024 wide for the paper's BERT-large)
@@ -33,7 +34,7 @@ def embed(captions: list[str], config: TextConfig) -> Tensor:
 
 def _words(caption: str, config: TextConfig) -> Tensor:
     words = re.findall(r"\w+|[^\w\s]", caption.lower())[:config.tokens]
-    # half of a token says which word it is, half which word at which place: pooling alone would lose the order
+    # half of a token says which word it is, half which word at which place: pooling alone loses the order
     halves = [torch.cat([_vector(word, config.cond_dim // 2),
                          _vector(f"{place} {word}", config.cond_dim - config.cond_dim // 2)])
               for place, word in enumerate(words)]
@@ -43,7 +44,8 @@ def _words(caption: str, config: TextConfig) -> Tensor:
 
 @functools.lru_cache(maxsize=100_000)
 def _vector(word: str, dim: int) -> Tensor:
-    seed = int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[:7], "big")  # hash() differs between runs
+    # not hash(), which differs between runs
+    seed = int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[:7], "big")
     return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -55,7 +57,7 @@ def _bert(caption: str, config: TextConfig) -> Tensor:
     if model.config.hidden_size != config.cond_dim:
         raise ValueError(f"the BERT {config.bert} is {model.config.hidden_size} wide and --cond_dim is "
                          f"{config.cond_dim}; they must be equal")
-    longest = max(2, min(config.tokens, model.config.max_position_embeddings))  # 2: its own first and last token
+    longest = max(2, min(config.tokens, model.config.max_position_embeddings))  # 2: its own first and last
     batch = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**batch).last_hidden_state[0, :config.tokens]
@@ -69,6 +71,8 @@ def _load_bert(name: str) -> tuple:
     except ImportError:
         raise ValueError("--encoder bert needs the package transformers: pip install transformers") from None
     try:
-        return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval().requires_grad_(False)
+        return (AutoTokenizer.from_pretrained(name),
+                AutoModel.from_pretrained(name).eval().requires_grad_(False))
     except Exception as error:  # transformers raises whatever its back end does
-        raise ValueError(f"the BERT {name} could not be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise ValueError(f"the BERT {name} could not be loaded: "
+                         f"{(str(error) or repr(error)).splitlines()[0]}") from None

@@ -1,7 +1,7 @@
-"""Training (section 2's loss, section 4.3.1's joint image-video batches): python train.py --dataset moving_mnist.
+"""Training (section 2, and 4.3.1's joint video-image batches): python train.py --dataset moving_mnist.
 
-Everything random in micro-batch i, data, times, noise and dropout, depends on (--seed, i) alone. So a resumed run is
-the uninterrupted one, and N processes with torchrun are one process with N times the --accumulate.
+Everything random in micro-batch i, data, times, noise and dropout, depends on (--seed, i) alone. So a resumed
+run is the uninterrupted one, and N processes with torchrun are one process with N times the --accumulate.
 """
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ from unet3d import UNet3D, UNetConfig
 @dataclass
 class TrainConfig:
     """How to train."""
-    preset: str = ""  # cpu, cuda, or the paper's ucf101 bair kinetics600 text_small text_large text_9x128; by hardware
+    preset: str = ""  # cpu, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128; by hardware
     steps: int = 20_000  # [1, 100000000] optimizer steps
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
     accumulate: int = 1  # [1, 65536] micro-batches in an optimizer step, on each process
@@ -43,7 +43,7 @@ class TrainConfig:
     beta2: float = 0.99  # (0, 1) Adam's second decay rate; the first is 0.9
     weight_decay: float = 0.0  # [0, 1] decoupled weight decay
     warmup: int = 150  # [0, 1000000] optimizer steps from learning rate 0 to --lr
-    decay: Literal["constant", "cosine"] = "cosine"  # the learning rate after warm-up; the paper's is constant
+    decay: Literal["constant", "cosine"] = "cosine"  # learning rate after warm-up; the paper's is constant
     clip: float = 1.0  # (0, 1000000] largest norm of the gradient
     ema: float = 0.999  # [0, 1) decay of the averaged weights that are sampled from
     cond_dropout: float = 0.1  # [0, 1] chance to drop a caption, for classifier-free guidance
@@ -55,7 +55,7 @@ class TrainConfig:
     out: str = ""  # folder of the run; by default runs/<dataset>-<date>
     resume: str = ""  # folder of a run to go on with; its settings hold unless given again
     save_every: int = 1000  # [1, 100000000] steps between checkpoints
-    preview_every: int = 1000  # [1, 100000000] steps between sample sheets, of which the first comes after 100
+    preview_every: int = 1000  # [1, 100000000] steps between sample sheets; one more after 100
     log_every: int = 50  # [1, 100000000] steps between lines of metrics.jsonl
     dry_run: bool = False  # print parameters, FLOPs and bytes of the model without building it, and stop
 
@@ -70,7 +70,8 @@ class Settings:
     train: TrainConfig
 
     def flat(self) -> dict[str, Any]:
-        return {name: value for part in vars(self).values() for name, value in dataclasses.asdict(part).items()}
+        """All fields of all parts in one dictionary; a name that parts share has one value."""
+        return {name: value for part in vars(self).values() for name, value in vars(part).items()}
 
 
 @dataclass
@@ -84,17 +85,17 @@ class State:
 
 
 def settings(argv: list[str] | None = None) -> Settings:
-    """The settings: flags given by hand, else those of the run to resume, else the preset's for the hardware."""
+    """The settings: flags given by hand, else the resumed run's, else the preset's for the hardware."""
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         if folder := given.get("resume"):
             return checkpoint.load(checkpoint.newest(Path(folder)))["settings"] | {"out": folder}
         return {"preset": find_device(given.get("device", "auto")).type}
-    parts = config.parse(DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig, argv=argv, defaults=defaults)
-    return Settings(*parts)
+    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
+    return Settings(*config.parse(*parts, argv=argv, defaults=defaults))
 
 
 def build(s: Settings, device: torch.device) -> State:
-    """Network, averaged network, Adam and the learning rate schedule, at step 0 or where --resume left them."""
+    """Network, averaged network, Adam and learning rate schedule, at step 0 or where --resume left them."""
     torch.manual_seed(s.train.seed)
     model = UNet3D(s.unet).to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
@@ -153,19 +154,21 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     torch.manual_seed(s.train.seed << 32 | index)
     cond = condition(captions, s.text)
     if cond is not None:
-        cond = (cond * (torch.rand(cond.shape[:2]) >= s.train.cond_dropout)[..., None, None]).to(machine.device)
+        keep = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
+        cond = (cond * keep[..., None, None]).to(machine.device)
     with machine.autocast():
         return loss(network, x.to(machine.device), s.diffusion, cond, s.data.num_images).mean()
 
 
 def condition(captions: list[list[str]], text: TextConfig) -> Tensor | None:
-    """Token embeddings (B, 1 + num_images, tokens, cond_dim) of nested captions; None for an unconditional model."""
+    """Embeddings (B, 1 + num_images, tokens, cond_dim) of nested captions; None without a condition."""
     if not text.cond_dim:
         return None
     return embed([caption for clip in captions for caption in clip], text).unflatten(0, (len(captions), -1))
 
 
-def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings, machine: Machine) -> tuple[Tensor, Tensor]:
+def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
+               machine: Machine) -> tuple[Tensor, Tensor]:
     """One optimizer step over --accumulate micro-batches. Returns the mean loss and the gradient's norm."""
     total = torch.zeros((), device=machine.device)
     for part in range(s.train.accumulate):
@@ -177,8 +180,8 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings, 
         total += part_loss.detach()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), s.train.clip)
     if not torch.isfinite(norm):
-        raise ValueError(f"the gradient of step {state.step + 1} is not finite; the weights are as they were before "
-                         f"it: lower --lr, or use --precision float32, and --resume")
+        raise ValueError(f"the gradient of step {state.step + 1} is not finite and was not applied: lower "
+                         f"--lr or use --precision float32, and --resume")
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.scheduler.step()
@@ -249,12 +252,13 @@ def draw_curve(folder: Path) -> None:
 
 @torch.no_grad()
 def preview(state: State, s: Settings, machine: Machine) -> None:
-    """Writes samples/step_<step>.gif (.webp, .png): EMA weights, captions of the data, 25 network calls."""
+    """Writes samples/step_<step>.gif (.webp, .png): EMA weights, captions of the data, 25 calls."""
     x, captions = next(batches(dataclasses.replace(s.data, num_images=0), 4, s.train.seed))
     cond = condition(captions, s.text)
-    z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # the same at every preview
+    z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # always the same
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(machine.device)
-    denoise = denoiser(state.ema.module.eval(), s.diffusion, None if cond is None else cond.to(machine.device))
+    cond = None if cond is None else cond.to(machine.device)
+    denoise = denoiser(state.ema.module.eval(), s.diffusion, cond)
     with machine.autocast():
         video = dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
     save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
@@ -271,11 +275,11 @@ def finish(state: State, s: Settings, stop: list[int]) -> None:
 
 
 def prepare(s: Settings, machine: Machine) -> None:
-    """Names and makes the run's folder, and says where and on what it trains; refuses a folder with another run."""
+    """Names and makes the run's folder and says on what it trains; refuses a folder with another run."""
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(s.train.out)
     if not s.train.resume and any(folder.glob("checkpoint_*.pt")):
-        raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or choose another --out")
+        raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another --out")
     if machine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(s.flat(), indent=1))

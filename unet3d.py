@@ -1,8 +1,9 @@
 """Section 3: the 3D U-Net factorized over space and time.
 
-No convolution spans time and time is never down-sampled: every 3x3 convolution is 1x3x3 and runs with the frames
-folded into the batch, so tensors inside are ((b f), c, h, w). Only temporal attention looks across frames, and its
-mask keeps the independent image frames of joint training (4.3.1) to themselves. Read it from the bottom up.
+No convolution spans time and time is never down-sampled: every 3x3 convolution is 1x3x3 and runs with the
+frames folded into the batch, so tensors inside are ((b f), c, h, w). Only temporal attention looks across
+frames, and its mask keeps the independent image frames of joint training (4.3.1) to themselves. Read it from
+the bottom up.
 """
 import math
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class UNetConfig:
     def __post_init__(self):
         factor = self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
-            raise ValueError(f"--size {self.size} is not divisible by {factor}, which {len(self.dim_mults)} levels "
-                             f"(--dim_mults) and --patch {self.patch} need")
+            raise ValueError(f"--size {self.size} is not divisible by {factor}, which {len(self.dim_mults)} "
+                             f"levels (--dim_mults) and --patch {self.patch} need")
 
 
 class Norm(nn.GroupNorm):
@@ -58,7 +59,7 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, 1x3x3 convolution, twice, plus a skip; the embedding enters each frame in between (section 3)."""
+    """Norm, SiLU, 1x3x3 conv, twice, plus a skip; the embedding enters each frame in between (section 3)."""
     def __init__(self, dim_in: int, dim: int, config: UNetConfig):
         super().__init__()
         self.scale_shift = config.scale_shift
@@ -92,7 +93,8 @@ class SpatialMix(nn.Module):
 class TemporalMix(nn.Module):
     """Softmax attention over frames at each pixel with Shaw et al.'s relative positions on keys and values.
 
-    score_ij = q_i (k_j + a^K_ij) / sqrt(d), out_i = sum_j p_ij (v_j + a^V_ij), a_ij looked up by j - i (section 3).
+    score_ij = q_i (k_j + a^K_ij) / sqrt(d), out_i = sum_j p_ij (v_j + a^V_ij), a_ij looked up by j - i
+    (section 3).
     """
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -102,9 +104,9 @@ class TemporalMix(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         f, heads = mask.shape[0], q.shape[2]
-        q, k, v = (rearrange(y, "(b f) n heads d -> b f (n heads) d", f=f) for y in (q, k, v))  # views, no copies
+        q, k, v = (rearrange(y, "(b f) n heads d -> b f (n heads) d", f=f) for y in (q, k, v))  # no copies
         frame = torch.arange(f, device=q.device)
-        offset = (frame - frame[:, None]).clamp(-self.reach, self.reach) + self.reach  # row j - i of the tables
+        offset = (frame - frame[:, None]).clamp(-self.reach, self.reach) + self.reach  # row j - i of a table
         scores = torch.einsum("b i n d, b j n d -> b n i j", q, k)
         scores = scores + torch.einsum("b i n d, i j d -> b n i j", q, self.key_table[offset].to(q.dtype))
         scores = (scores.float() / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
@@ -115,7 +117,7 @@ class TemporalMix(nn.Module):
 
 
 class Attention(nn.Module):
-    """Norm, q/k/v, mixing over space or over time, zero-initialised projection, residual; ((b f), c, h, w)."""
+    """Norm, q/k/v, mixing over space or time, zero-initialised projection, residual; ((b f), c, h, w)."""
     def __init__(self, dim: int, mix: type[nn.Module], config: UNetConfig):
         super().__init__()
         self.heads = max(1, dim // config.head_dim)
@@ -137,7 +139,8 @@ class Block(nn.Module):
     def __init__(self, dim_in: int, dim: int, attend: bool, config: UNetConfig):
         super().__init__()
         self.res, self.checkpointing = ResBlock(dim_in, dim, config), config.checkpointing
-        self.attention = nn.ModuleList([Attention(dim, mix, config) for mix in (SpatialMix, TemporalMix) if attend])
+        self.attention = nn.ModuleList([Attention(dim, mix, config) for mix in (SpatialMix, TemporalMix)
+                                        if attend])
 
     def run(self, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
         x = self.res(x, emb)
@@ -152,14 +155,15 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Condition and log-SNR as one vector: (b, 1, 1, 1, 1) or 0-d, and tokens (b, k, l, cond_dim) -> (b, k, emb_dim).
+    """Condition and log-SNR as one vector (b, k, emb_dim).
 
-    Attention pooling of the tokens without any bias, so that c = 0 and no condition are the same thing.
+    log-SNR is (b, 1, 1, 1, 1) or 0-d, tokens are (b, k, l, cond_dim). Attention pooling of the tokens without
+    any bias, so that c = 0 and no condition are the same thing.
     """
     def __init__(self, config: UNetConfig, heads: int = 8):
         super().__init__()
         self.emb_dim = config.emb_dim
-        if config.cond_dim:  # no idle parameters in an unconditional model: DistributedDataParallel refuses them
+        if config.cond_dim:  # no idle parameters without a condition: DistributedDataParallel refuses them
             self.query = nn.Parameter(torch.randn(heads, config.cond_dim) * config.cond_dim**-0.5)
             self.value = nn.Linear(heads * config.cond_dim, config.emb_dim, bias=False)
         layers = [nn.Linear(config.emb_dim, config.emb_dim) for _ in range(config.emb_layers)]
@@ -179,28 +183,31 @@ class Embedding(nn.Module):
 
 
 def isolate(frames: int, num_images: int, device: torch.device) -> Tensor:
-    """Which frame may see which, (frames, frames): the video frames each other, an image frame only itself (4.3.1)."""
+    """Which frame may see which, (frames, frames): video frames each other, an image only itself (4.3.1)."""
     video = torch.arange(frames, device=device) < frames - num_images
     return video & video[:, None] | torch.eye(frames, dtype=torch.bool, device=device)
 
 
 class UNet3D(nn.Module):
-    """The network of section 3: (z, logsnr, cond, num_images) -> eps or v, shaped like z (B, C, F + num_images, H, W).
+    """The network of section 3: (z, logsnr, cond, num_images) -> eps or v, shaped like z.
 
-    logsnr: 0-d or (B, 1, 1, 1, 1). cond: token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's
-    caption first and then one for each image frame; None is c = 0. F may differ from config.frames.
+    z: (B, C, F + num_images, H, W); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond:
+    token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for
+    each image frame; None is c = 0.
     """
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         dims = [config.dim * mult for mult in config.dim_mults]
-        attends = [config.size // config.patch // 2**i in config.attention_resolutions for i in range(len(dims))]
+        attends = [config.size // config.patch // 2**i in config.attention_resolutions
+                   for i in range(len(dims))]
         self.embedding = Embedding(config)
         self.entry = nn.Conv2d(config.channels * config.patch**2, dims[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(Block(before if i == 0 else dim, dim, attend, config) for i in range(config.blocks))
             for before, dim, attend in zip(dims[:1] + dims, dims, attends))
-        self.middle = nn.ModuleList([Block(dims[-1], dims[-1], True, config), Block(dims[-1], dims[-1], False, config)])
+        self.middle = nn.ModuleList([Block(dims[-1], dims[-1], True, config),
+                                     Block(dims[-1], dims[-1], False, config)])
         self.narrow = nn.ModuleList(nn.Conv2d(below, dim, 1) for below, dim in zip(dims[1:], dims))
         self.up = nn.ModuleList(
             nn.ModuleList(Block(2 * dim, dim, attend, config) for _ in range(config.blocks))
@@ -211,7 +218,8 @@ class UNet3D(nn.Module):
     def forward(self, z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
         b, c, f, h, w = z.shape  # f counts the image frames too
         assert c == self.config.channels and num_images < f, (z.shape, self.config.channels, num_images)
-        assert cond is None or cond.dim() == 3 or cond.shape[1] in (1, 1 + num_images), (cond.shape, num_images)
+        assert cond is None or cond.dim() == 3 or cond.shape[1] in (1, 1 + num_images), (
+            cond.shape, num_images)
         p, emb, mask = self.config.patch, self.embed(logsnr, cond, b, f), isolate(f, num_images, z.device)
         x = rearrange(z.float(), "b c f (h p) (w q) -> (b f) (c p q) h w", p=p, q=p)  # space-to-depth
         x = self.u_net(x.contiguous(memory_format=torch.channels_last), emb, mask)

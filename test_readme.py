@@ -1,0 +1,103 @@
+"""README.md: its commands run as typed, its map leads to code that is there, its table is what the code counts."""
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+import cost
+import train
+
+HERE = Path(__file__).parent
+TEXT = (HERE / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines() if line]
+TINY = ("--preset cpu --device cpu --size 16 --frames 16 --dim 16 --dim_mults 1,2 --head_dim 8 --emb_dim 16 --patch 1 "
+        "--attention_resolutions 8 --cond_dim 8 --steps 2 --batch_size 1").split()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading."""
+    table = TEXT.split(heading, 1)[1].split("|---", 1)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+
+
+MAP = [row for row in rows("## From the paper to the code")]
+
+
+@pytest.mark.parametrize("row", MAP, ids=[row[0] for row in MAP])
+def test_the_map_leads_to_functions_and_equations_that_are_there(row):
+    section, files, names = row
+    sources = [(HERE / file).read_text() for file in re.findall(r"`(.*?)`", files)]
+    defined = {name for source in sources for node in ast.walk(ast.parse(source))
+               for name in ([node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else
+                            [node.target.id] if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id") else [])}
+    assert set(re.findall(r"`(.*?)`", names)) <= defined
+    comments = " ".join(re.findall(r"# (Eqs?\. .*)", "\n".join(sources)))
+    for number in re.findall(r"Eqs?\. (\d)(?: and (\d))?", section):
+        assert all(n in comments for n in number if n), comments
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_every_equation_has_its_line_in_the_code(number):
+    lines = [line for path in HERE.glob("*.py") if not path.name.startswith("test_")
+             for line in path.read_text().splitlines()
+             if re.search(rf"\S  # (Eq\. {number}|Eqs\. [\d ,and]*\b{number}\b[\d ,and]*)$", line)]
+    assert len(lines) == 1, lines
+
+
+def run(command: list[str], folder: Path) -> str:
+    result = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, (command, result.stderr[-2000:])
+    return result.stdout
+
+
+def test_its_commands_run_as_typed(tmp_path):
+    for path in [*HERE.glob("*.py"), HERE / "mnist"]:
+        (tmp_path / path.name).symlink_to(path)
+    trained = False
+    for line in COMMANDS:
+        words = shlex.split(line.removeprefix("pip install -r requirements.txt && "), comments=True)
+        assert words[0] == "python", line
+        if words[1] == "train.py" and "--dry_run" not in words:
+            run([*words[1:], *TINY], tmp_path)
+            trained = True
+        elif words[1] == "sample.py":
+            assert trained, "a sample before there is a run"
+            written = run([*words[1:], "--steps", "2", "--num", "1"], tmp_path).splitlines()[-3:]
+            assert all((tmp_path / path).is_file() for path in written), written
+        else:
+            assert words == ["python", "-m", "pytest", "-q"]  # this is it
+
+
+def test_every_mode_is_in_its_table_and_has_a_command():
+    modes = [row[0].strip("`") for row in rows("## Sampling")]
+    assert modes == ["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"]
+    assert {mode for mode in modes if any(f"--mode {mode}" in line for line in COMMANDS)} == set(modes)
+
+
+PRESETS = rows("The presets")
+
+
+@pytest.mark.parametrize("row", PRESETS, ids=[row[0].strip("`") for row in PRESETS])
+def test_its_table_of_presets_is_what_dry_run_counts(row):
+    s = train.settings(["--preset", row[0].strip("`"), "--device", "cpu"])
+    parameters, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens)
+    assert row[1] == f"{s.unet.frames}×{s.unet.size}×{s.unet.size}"
+    assert row[2] == f"{parameters / 1e6:.1f} M"
+    assert row[3] == f"{flops * s.train.batch_size / 1e12:.2f}" and row[4] == str(s.train.batch_size)
+    gib = 4 * parameters / 2**30
+    assert row[5] == f"{gib:.2f} + {gib:.2f} + {2 * gib:.2f} + {gib:.2f} GiB"
+
+
+def test_all_presets_are_in_its_table():
+    assert [row[0].strip("`") for row in PRESETS] == list(config.PRESETS)
+
+
+def test_it_is_short_and_its_links_are_there():
+    assert len(TEXT.splitlines()) <= 150
+    for link in re.findall(r"\]\((?!http|#)([^)#\s]+)", TEXT):
+        assert (HERE / link).exists(), link

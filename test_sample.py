@@ -1,0 +1,710 @@
+"""Sampling: the modes end to end from a tiny checkpoint, and their composition, with closed-form denoisers."""
+import dataclasses
+import functools
+import inspect
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch
+from torch import Tensor
+
+import checkpoint
+import config
+import sample
+import train
+from data import DataConfig, batches
+from diffusion import DiffusionConfig
+from machine import Machine
+from sample import Given, Model, SampleConfig, block_starts, fill, load_model
+from test_gaussian import FLOAT, Gaussian, correlation, signal_and_noise
+from text import TextConfig
+from unet3d import UNetConfig
+
+HERE = Path(__file__).parent
+CPU = Machine(torch.device("cpu"), "float32")
+TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
+        "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 --emb_layers 1 "
+        "--patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2 --steps 1").split()
+QUICK = "--device cpu --precision float32 --steps 3 --num 2".split()
+ORANGE, GREY = (255, 140, 0), (64, 64, 64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sources_read_once() -> Iterator[None]:
+    """inspect.getsource parses a whole file, for each dataclass of each command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        yield
+
+
+# ---- a tiny checkpoint, and python sample.py in this process -----------------------------------------------
+
+
+def checkpointed(folder: Path, *flags: str) -> Path:
+    """A run's folder; in its checkpoint no weight is zero, so that whatever it is told has an effect."""
+    s = train.settings([*TINY, *flags, "--out", str(folder)])
+    folder.mkdir(parents=True)
+    state, generator = train.build(s, CPU.device), torch.Generator().manual_seed(1)
+    for parameter in state.ema.module.parameters():
+        parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    train.save(state, s)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpointed(tmp_path_factory.mktemp("tiny") / "run")
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpointed(tmp_path_factory.mktemp("unconditional") / "run", "--cond_dim", "0")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half the size, for the cascade."""
+    flags = "--size 8 --attention_resolutions 4".split()
+    return checkpointed(tmp_path_factory.mktemp("small") / "run", *flags)
+
+
+@dataclasses.dataclass
+class Drawn:
+    video: Tensor
+    known: Tensor
+    files: list[Path]
+    model: Model
+    given: list[tuple[Given, Tensor]]  # each block as it was given, and as it was drawn
+
+
+def program(folder: Path, *flags: object) -> Drawn:
+    """python sample.py --checkpoint folder flags, in this process; what it saved is seen on the way."""
+    saved, models, blocks = [], [], []
+    honest = sample.save_video, sample.load_model, sample.draw
+
+    def saving(x: Tensor, path: Path, known: Tensor) -> list[Path]:
+        saved.append((x, known, honest[0](x, path, known=known)))
+        return saved[-1][2]
+
+    def loading(*given: object) -> tuple:
+        models.append(honest[1](*given))
+        return models[-1]
+
+    def drawing(denoise: Callable, given: Given, *rest: object) -> Tensor:
+        before = dataclasses.replace(given, x=given.x.clone(), known=given.known.clone())
+        blocks.append((before, honest[2](denoise, given, *rest)))
+        return blocks[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, spy in (("save_video", saving), ("load_model", loading), ("draw", drawing)):
+            patch.setattr(sample, name, spy)
+        patch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(folder), *QUICK, *map(str, flags)])
+        config.run(sample.main)
+    (video, known, files), = saved
+    return Drawn(video, known, files, models[0][0], blocks)
+
+
+@pytest.fixture()
+def clip(tmp_path: Path) -> Path:
+    """A video of 6 frames of 16 px, getting brighter."""
+    x = np.linspace(0.1, 0.9, 6)[:, None, None] * np.ones((6, 16, 16))
+    np.save(tmp_path / "clip.npy", (255 * x).round().astype(np.uint8))
+    return tmp_path / "clip.npy"
+
+
+MODES = {"generate": 4, "predict": 4, "extend": 16, "interpolate": 4, "super_resolve": 4, "cascade": 4}
+
+
+def test_every_mode_is_tried() -> None:
+    mode, = (field for field in dataclasses.fields(SampleConfig) if field.name == "mode")
+    assert set(MODES) == set(mode.type.__args__)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_runs_end_to_end_and_prints_the_three_files_it_wrote(mode: str, tiny: Path, tmp_path: Path,
+                                                                    capsys: CaptureFixture) -> None:
+    drawn = program(tiny, "--mode", mode, "--out", tmp_path)
+    assert capsys.readouterr().out.splitlines()[-3:] == [str(tmp_path / f"{mode}_001.{suffix}")
+                                                         for suffix in ("gif", "webp", "png")]
+    assert all(file.stat().st_size > 0 for file in drawn.files) and len(list(tmp_path.iterdir())) == 3
+    assert drawn.video.shape == (2, 1, MODES[mode], 16, 16)
+    assert drawn.video.isfinite().all() and drawn.video.abs().max() < 1.001 and drawn.video.std() > 0.01
+
+
+def test_a_cascade_starts_from_what_its_base_draws(tiny: Path, small: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, "--mode", "cascade", "--base", small, "--out", tmp_path)
+    slow = drawn.given[0][1]  # the first block is the base's
+    assert slow.shape == (2, 1, 4, 8, 8) and drawn.video.shape == (2, 1, 10, 16, 16)  # 3 frames for each step
+    assert drawn.known.tolist() == [frame % 3 == 0 for frame in range(10)]
+    assert torch.equal(drawn.given[1][0].low[:, :, [0, 3]], slow[:, :, :2])  # the block of frames 0 to 3
+    assert drawn.given[1][0].low_known.tolist() == [True, False, False, True]
+
+
+def test_no_sample_is_written_over(tiny: Path, tmp_path: Path) -> None:
+    first = program(tiny, "--out", tmp_path).files
+    before = [file.read_bytes() for file in first]
+    second = program(tiny, "--out", tmp_path, "--seed", 5).files
+    assert not set(first) & set(second) and before == [file.read_bytes() for file in first]
+
+
+@pytest.mark.parametrize("mode", ["generate", "extend", "cascade"])
+def test_the_seed_alone_decides_the_video(mode: str, tiny: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    one = program(tiny, "--mode", mode, "--seed", 3, "--out", tmp_path)
+    torch.manual_seed(2)
+    two = program(tiny, "--mode", mode, "--seed", 3, "--out", tmp_path)
+    other = program(tiny, "--mode", mode, "--seed", 4, "--out", tmp_path)
+    assert torch.equal(one.video, two.video) and not torch.equal(one.video, other.video)
+    assert [f.read_bytes() for f in one.files] == [f.read_bytes() for f in two.files]
+
+
+CHANGES = [  # flags, and flags that must make another video of them
+    ("", "--sampler ddim"), ("", "--sampler dpm_solver"), ("--sampler ddim", "--sampler dpm_solver"),
+    ("", "--steps 4"), ("", "--gamma 0.5"), ("", "--delta 0.1"), ("", "--text four"),
+    ("--text four", "--text five"), ("--text four", "--text four --w 2"),
+    ("--mode predict", "--mode predict --method replacement"), ("--mode predict", "--mode predict --w_r 1.5"),
+    ("--mode predict --w_r 1", "--mode predict --w_r 1 --text four --w 2"),
+    ("--mode super_resolve", "--mode super_resolve --w_r 0.5"),
+    ("--mode cascade", "--mode cascade --scale 4"),
+    ("--mode predict", "--mode predict --overlap 1"), ("--mode extend", "--mode extend --overlap 1"),
+]
+
+
+@pytest.mark.parametrize("flags, more", CHANGES)
+def test_a_flag_has_an_effect(flags: str, more: str, tiny: Path, tmp_path: Path) -> None:
+    one, two = (program(tiny, *words.split(), "--out", tmp_path).video for words in (flags, more))
+    assert one.shape == two.shape and (one - two).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flags, shape", [
+    ("--num 3", (3, 4)), ("--frames 7", (2, 7)), ("--frames 3", (2, 3)),
+    ("--mode predict --frames 9", (2, 9)), ("--mode extend --frames 5", (2, 5)),
+    ("--mode interpolate --frames 8 --stride 3", (2, 8)),
+    ("--mode interpolate --frames 7 --stride 2", (2, 7)), ("--mode super_resolve --frames 6", (2, 6)),
+    ("--mode cascade --frames 6 --stride 2", (2, 6))])
+def test_num_and_frames_are_those_of_the_result(flags: str, shape: tuple, tiny: Path, tmp_path: Path) -> None:
+    assert program(tiny, *flags.split(), "--out", tmp_path).video.shape[:3:2] == shape
+
+
+def test_a_model_of_single_frames_draws_them(tmp_path: Path) -> None:
+    folder = checkpointed(tmp_path / "run", *"--frames 1 --num_images 0".split())
+    assert program(folder, "--out", tmp_path).video.shape == (2, 1, 1, 16, 16)
+
+
+def test_a_really_trained_checkpoint_is_drawn_from(tmp_path: Path) -> None:
+    s = train.settings([*TINY, "--out", str(tmp_path / "run")])
+    train.prepare(s, CPU)
+    train.fit(s, CPU)
+    assert program(tmp_path / "run", "--out", tmp_path).video.shape == (2, 1, 4, 16, 16)
+
+
+# ---- what was given ----------------------------------------------------------------------------------------
+
+
+def clips(model: Model, frames: int, stride: int = 1, num: int = 2) -> Tensor:
+    """The clips of the test split that a mode starts from without --input."""
+    data = dataclasses.replace(model.data, split="test", frames=frames, frame_stride=stride, num_images=0)
+    return next(batches(data, num, 0))[0]
+
+
+def pooled(x: Tensor, scale: int = 2) -> Tensor:
+    """Each scale x scale square of pixels averaged, written otherwise than in sample.py."""
+    return sum(x[..., i::scale, j::scale] for i in range(scale) for j in range(scale)) / scale**2
+
+
+@pytest.mark.parametrize("method", ["reconstruction", "replacement"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_predict_keeps_the_first_frames(k: int, method: str, tiny: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, *f"--mode predict --overlap {k} --method {method}".split(), "--out", tmp_path)
+    error = (drawn.video - clips(drawn.model, 4)).abs().amax((0, 1, 3, 4))
+    assert (error < 1e-3).tolist() == drawn.known.tolist() == [frame < k for frame in range(4)]
+
+
+def test_predict_takes_the_first_frames_of_the_input(tiny: Path, clip: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, "--mode", "predict", "--input", clip, "--overlap", 2, "--out", tmp_path)
+    assert drawn.video[:, 0, :2].mean((0, 2, 3)).tolist() == pytest.approx([-0.8, -0.48], abs=0.01)
+
+
+@pytest.mark.parametrize("stride, frames", [(2, 7), (2, 6), (3, 4), (3, 8)])
+def test_interpolate_keeps_every_strideth_frame(stride: int, frames: int, tiny: Path, tmp_path: Path) -> None:
+    flags = f"--mode interpolate --stride {stride} --frames {frames}".split()
+    drawn = program(tiny, *flags, "--out", tmp_path)
+    assert drawn.known.tolist() == [frame % stride == 0 for frame in range(frames)]
+    slow = clips(drawn.model, (frames - 1) // stride + 1, stride)
+    assert (drawn.video[:, :, ::stride] - slow).abs().max() < 1e-3  # the test split's clips at that stride
+    assert (drawn.video[:, :, 1] - clips(drawn.model, frames)[:, :, 1]).abs().max() > 0.1
+
+
+def test_extend_keeps_the_input_and_goes_on_after_its_end(tiny: Path, clip: Path, tmp_path: Path) -> None:
+    flags = "--mode extend --frames 9 --overlap 1".split()
+    drawn = program(tiny, *flags, "--input", clip, "--out", tmp_path)
+    brightness = drawn.video[:, 0, :6].mean((0, 2, 3))
+    assert brightness.tolist() == pytest.approx(np.linspace(-0.8, 0.8, 6), abs=0.01)
+    assert drawn.video.shape[2] == 9 and drawn.known.tolist() == [True] * 6 + [False] * 3
+    (given, _), = drawn.given  # one block is enough: frames 5 to 8
+    assert given.known.tolist() == [True, False, False, False]
+    assert given.x[:, 0, 0].mean().item() == pytest.approx(0.8, abs=0.01)  # the last of the input
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_super_resolve_sees_its_clip_small_and_nothing_else(scale: int, tiny: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, "--mode", "super_resolve", "--scale", scale, "--out", tmp_path)
+    (given, _), = drawn.given
+    assert torch.allclose(given.low, pooled(clips(drawn.model, 4), scale), atol=1e-6)
+    assert not given.x.any() and not given.known.any() and given.low_known.all() and drawn.known.all()
+
+
+def test_cascade_without_a_base_sees_a_clip_small_and_slow(tiny: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, *"--mode cascade --stride 2 --frames 6".split(), "--out", tmp_path)
+    slow = pooled(clips(drawn.model, 3, stride=2))
+    assert drawn.known.tolist() == [True, False] * 3
+    assert torch.allclose(drawn.given[0][0].low[:, :, ::2], slow[:, :, :2], atol=1e-6)
+    assert not drawn.given[0][0].known.any()
+    assert drawn.given[1][0].known.tolist() == [True, True, False, False]
+
+
+def test_an_input_of_another_size_is_fitted_to_the_model(tiny: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "wide.npy", np.full((5, 30, 50, 3), 255, np.uint8))
+    drawn = program(tiny, "--mode", "predict", "--input", tmp_path / "wide.npy", "--out", tmp_path)
+    assert drawn.video[:, :, :2].min() > 0.99
+
+
+@pytest.mark.parametrize("flags, marked", [
+    ("", [False] * 4), ("--mode predict --overlap 1", [True, False, False, False]),
+    ("--mode interpolate --stride 3", [True, False, False, True]), ("--mode super_resolve", [True] * 4)])
+def test_given_frames_have_a_coloured_border_in_the_files(flags: str, marked: list, tiny: Path,
+                                                          tmp_path: Path) -> None:
+    drawn = program(tiny, *flags.split(), "--num", 1, "--out", tmp_path)
+    gif, webp, png = (Image.open(file) for file in drawn.files)
+    strip = np.asarray(png.convert("RGB"))
+    width = strip.shape[1] // 4
+    borders = [ORANGE if given else GREY for given in marked]
+    assert [tuple(strip[0, width * frame].tolist()) for frame in range(4)] == borders
+    assert [tuple(strip[-1, width * (frame + 1) - 1].tolist()) for frame in range(4)] == borders
+    for moving in (gif, webp):
+        assert np.abs(np.asarray(moving.convert("RGB"))[0, 0].astype(int) - borders[0]).max() < 8
+
+
+# ---- composition, with a denoiser in closed form -----------------------------------------------------------
+
+
+class Oracle:
+    """In the network's place: predicts the v that a denoiser implies, and counts its calls."""
+    def __init__(self, denoise: Callable[[Tensor, Tensor], Tensor], frames: int = 4, size: int = 8):
+        self.denoise, self.calls = denoise, 0
+        self.config = UNetConfig(size=size, frames=frames, dim_mults=(1,), cond_dim=0)
+
+    def __call__(self, z: Tensor, logsnr: Tensor, cond: Tensor | None) -> Tensor:
+        self.calls += 1
+        alpha, sigma = signal_and_noise(logsnr)
+        return ((alpha * z - self.denoise(z, logsnr)) / sigma).to(z.dtype)
+
+    def model(self) -> Model:
+        data = DataConfig(size=self.config.size, frames=self.config.frames)
+        return Model(self, data, DiffusionConfig(), TextConfig(cond_dim=0), CPU.device)
+
+
+def smooth_in_time(rho: float = 0.95, std: float = 0.4) -> Callable[[Tensor, Tensor], Tensor]:
+    """The denoiser of videos whose pixels are independent, each an autoregressive process over the frames."""
+    def denoise(z: Tensor, logsnr: Tensor) -> Tensor:
+        f = z.shape[2]
+        pixel = Gaussian(torch.zeros(f, dtype=FLOAT), std**2 * correlation(f, rho), (1, f, 1, 1))
+        return torch.einsum("i j, b c j h w -> b c i h w", pixel.gain(logsnr).to(z.dtype), z)
+    return denoise
+
+
+def nothing(frames: int, num: int = 1, size: int = 8) -> Given:
+    return Given(torch.zeros(num, 1, frames, size, size), torch.zeros(frames, dtype=torch.bool))
+
+
+def blocks_of(monkeypatch: MonkeyPatch) -> list[tuple[Given, Tensor]]:
+    """What fill() gives and gets, block by block."""
+    blocks, honest = [], sample.draw
+
+    def spy(denoise: Callable, given: Given, *rest: object) -> Tensor:
+        seen = dataclasses.replace(given, x=given.x.clone(), known=given.known.clone())
+        blocks.append((seen, honest(denoise, given, *rest).clone()))
+        return blocks[-1][1]
+    monkeypatch.setattr(sample, "draw", spy)
+    return blocks
+
+
+STARTS = [  # overlap, frames, where the blocks of 4 begin
+    (1, 4, [0]), (1, 5, [0, 1]), (1, 7, [0, 3]), (1, 16, [0, 3, 6, 9, 12]), (1, 3, [0]), (2, 5, [0, 1]),
+    (2, 7, [0, 2, 3]), (2, 16, [0, 2, 4, 6, 8, 10, 12]), (3, 5, [0, 1]), (3, 7, [0, 1, 2, 3]),
+    (3, 16, [*range(13)])]
+
+
+@pytest.mark.parametrize("k, frames, starts", STARTS)
+def test_blocks_begin_where_they_share_frames_with_the_last_and_end_at_the_end(k: int, frames: int,
+                                                                               starts: list) -> None:
+    assert block_starts(torch.zeros(frames, dtype=torch.bool), 4, k) == starts
+
+
+@pytest.mark.parametrize("prefix, k, frames, starts", [
+    (6, 1, 9, [5]), (6, 2, 9, [4, 5]), (6, 3, 9, [3, 4, 5]), (6, 2, 16, [4, 6, 8, 10, 12]), (6, 2, 7, [3]),
+    (1, 2, 7, [0, 2, 3]), (4, 1, 5, [1])])
+def test_after_a_known_beginning_the_first_block_takes_its_end(prefix: int, k: int, frames: int,
+                                                               starts: list) -> None:
+    assert block_starts(torch.arange(frames) < prefix, 4, k) == starts
+
+
+@pytest.mark.parametrize("method", ["reconstruction", "replacement"])
+@pytest.mark.parametrize("k, frames, starts", [case for case in STARTS if len(case[2]) > 1 and case[1] < 16])
+def test_the_first_frames_of_a_block_are_the_last_of_the_one_before(
+        k: int, frames: int, starts: list, method: str, monkeypatch: MonkeyPatch) -> None:
+    blocks = blocks_of(monkeypatch)
+    s = SampleConfig(mode="extend", steps=4, overlap=k, method=method)
+    video = fill(Oracle(smooth_in_time()).model(), s, nothing(frames))
+    assert len(blocks) == len(starts) and video.shape[2] == frames
+    assert not blocks[0][0].known.any()
+    for i in range(1, len(starts)):
+        shared = starts[i - 1] + 4 - starts[i]  # k, more in the last block
+        assert shared >= k and blocks[i][0].known.tolist() == [frame < shared for frame in range(4)]
+        assert torch.equal(blocks[i][0].x[:, :, :shared], blocks[i - 1][1][:, :, -shared:])  # not its first
+        assert (blocks[i][1] - blocks[i][0].x)[:, :, :shared].abs().max() < 1e-3  # and they stay
+        assert (video[:, :, starts[i] : starts[i] + 4] - blocks[i][1]).abs().max() < 1e-3
+    assert (video[:, :, :4] - blocks[0][1]).abs().max() < 1e-3 and video.std() > 0.1
+
+
+@pytest.mark.parametrize("method, w_r", [("reconstruction", 1.0), ("replacement", 0.0)])
+def test_an_extended_video_goes_on_from_the_end_of_what_was_given(method: str, w_r: float) -> None:
+    given = nothing(9, num=4)
+    given.x[:, :, :6] = torch.linspace(-0.9, 0.9, 6)[:, None, None]
+    given.known[:6] = True
+    s = SampleConfig(mode="extend", steps=32, overlap=1, num=4, method=method, w_r=w_r)
+    video = fill(Oracle(smooth_in_time(rho=0.99)).model(), s, given)
+    assert (video[:, :, :6] - given.x[:, :, :6]).abs().max() < 1e-3
+    new = video[:, :, 6:].mean((0, 1, 3, 4))
+    # E[x_6 | x_5] = rho x_5; both methods only approach it, from below
+    assert 0.15 < new[0] < 0.99 and new.diff().abs().max() < 0.2, new
+
+
+def test_a_known_frame_is_not_drawn_again_when_its_block_is() -> None:
+    given, s = nothing(7), SampleConfig(mode="interpolate", steps=4, overlap=2)
+    given.x[:, :, ::3], given.known[::3] = torch.tensor([0.7, -0.7, 0.3])[:, None, None], True
+    before = given.x.clone(), given.known.clone()
+    video = fill(Oracle(smooth_in_time()).model(), s, given)
+    assert (video[:, :, ::3] - given.x[:, :, ::3]).abs().max() < 1e-3
+    assert torch.equal(before[0], given.x) and torch.equal(before[1], given.known)  # not written to
+
+
+def small_given(frames: int, every: int, num: int = 2) -> Given:
+    """Every so many frames seen small, as random squares."""
+    given, generator = nothing(frames, num), torch.Generator().manual_seed(3)
+    given.low_known = torch.arange(frames) % every == 0
+    low = 0.4 * torch.randn(num, 1, frames, 4, 4, generator=generator).clamp(-2, 2)
+    given.low = low * given.low_known[:, None, None]
+    return given
+
+
+def small_error(video: Tensor, given: Given) -> float:
+    """Root mean square of what a video's seen frames, made small, are off."""
+    return (pooled(video) - given.low)[:, :, given.low_known].square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("mode, frames, every", [("super_resolve", 4, 1), ("super_resolve", 7, 1),
+                                                 ("cascade", 4, 3), ("cascade", 10, 3)])
+def test_the_result_made_small_is_what_was_given(mode: str, frames: int, every: int,
+                                                 monkeypatch: MonkeyPatch) -> None:
+    model, given = Oracle(smooth_in_time(rho=0.7)).model(), small_given(frames, every)
+    s = SampleConfig(mode=mode, steps=32, num=2, overlap=2, w_r=1.0)
+    without = small_error(fill(model, s, nothing(frames, num=2)), given)
+    blocks = blocks_of(monkeypatch)
+    error = small_error(fill(model, s, given), given)
+    assert error < 0.03 < 0.3 < without, (error, without)
+    for (_, before), (given, _) in zip(blocks, blocks[1:]):  # small frames, and the block before
+        if given.known.any():
+            shared = int(given.known.sum())
+            assert given.low is not None and torch.equal(given.x[:, :, :shared], before[:, :, -shared:])
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("known", [0, 2])
+def test_whole_and_small_frames_are_seen_with_the_same_weight(scale: int, known: int) -> None:
+    """The observation's A A^T is the identity for any scale: at high SNR w_r = 1 removes the whole error."""
+    given = small_given(4, 3, num=1)
+    given.low = pooled(nothing(4).x, scale)
+    given.known = torch.arange(4) < known
+    s = SampleConfig(scale=scale)
+
+    def observe(x: Tensor) -> Tensor:
+        return sample.seen(given, s, x, sample.smaller(x, scale))[0]
+    a = torch.func.jacrev(observe)(nothing(4).x).flatten(1)
+    a = a[a.any(1)]  # of frames that are not seen nothing counts
+    seen_small = [frame for frame in (0, 3) if frame >= known]
+    assert len(a) >= known * 64 + len(seen_small) * 64 // scale**2
+    small_rows = a[-2 * 64 // scale**2:]
+    assert torch.allclose(small_rows @ small_rows.T, torch.eye(len(small_rows)), atol=1e-6)
+    if known:
+        assert torch.allclose(a[:known * 64] @ a[:known * 64].T, torch.eye(known * 64), atol=1e-6)
+
+
+def test_frames_that_are_not_known_do_not_guide() -> None:
+    """Zero stands for unknown; compared with the prediction, it would pull every frame to grey."""
+    given, s = nothing(4), SampleConfig()
+    given.known[1] = True
+    x = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = sample.seen(given, s, x, None).view(1, 1, 4, 8, 8)
+    assert torch.equal(seen[:, :, 1], x[:, :, 1]) and not seen[:, :, [0, 2, 3]].any()
+
+
+class Bar:
+    """In the progress bar's place."""
+    all: list["Bar"] = []
+
+    def __init__(self, total: int, **options: object):
+        self.total, self.count = total, 0
+        Bar.all.append(self)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, number: int = 1) -> None:
+        self.count += number
+
+
+@pytest.mark.parametrize("flags, calls", [
+    ({}, 5), ({"sampler": "ddim"}, 5), ({"sampler": "dpm_solver"}, 5), ({"delta": 0.1}, 9), ({"steps": 1}, 1),
+    ({"delta": 0.1, "steps": 1}, 1), ({"frames": 7, "overlap": 1}, 10),
+    ({"frames": 7, "delta": 0.1, "overlap": 1}, 18)])
+def test_the_network_is_called_as_often_as_the_progress_bar_says(flags: dict, calls: int,
+                                                                 monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "tqdm", Bar)
+    Bar.all.clear()
+    oracle, s = Oracle(smooth_in_time()), SampleConfig(**{"steps": 5} | flags)
+    fill(oracle.model(), s, nothing(s.frames or 4))
+    bar, = Bar.all
+    assert oracle.calls == bar.count == bar.total == calls
+
+
+def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
+    model, _ = load_model(checkpoint.newest(tiny), CPU.device)
+    z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
+    plain, told, guided = (sample.text_guided(model, SampleConfig(num=1, text=text, w=w))(z, level)
+                           for text, w in (("", 0.0), ("a four", 0.0), ("a four", 2.5)))
+    assert (plain - told).abs().max() > 1e-3
+    torch.testing.assert_close(guided, 3.5 * told - 2.5 * plain, rtol=1e-4, atol=1e-4)  # Eq. 6
+
+
+def test_what_is_drawn_is_clipped_after_guidance() -> None:
+    given, s = small_given(4, 1), SampleConfig(mode="super_resolve", steps=8, num=2, w_r=1.0)
+    given.low = 3 * given.low.sign()  # beyond what a video can show
+    assert fill(Oracle(smooth_in_time(std=1.0)).model(), s, given).abs().max() <= 1
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_the_architecture_comes_from_the_checkpoint_never_from_flags(tiny: Path) -> None:
+    flags, architecture = ({f.name for f in dataclasses.fields(c)} for c in (SampleConfig, UNetConfig))
+    assert flags & architecture == {"frames"}  # of the result
+    model, trained = load_model(checkpoint.newest(tiny), CPU.device)
+    assert model.network.config == UNetConfig(**{name: trained[name] for name in architecture})
+    assert model.network.config.dim == 8 and model.network.config.size == model.data.size == 16
+
+
+def test_the_averaged_weights_are_drawn_from(tiny: Path) -> None:
+    content = checkpoint.load(checkpoint.newest(tiny))
+    weights = load_model(checkpoint.newest(tiny), CPU.device)[0].network.state_dict()
+    assert all(torch.equal(weights[name], content["ema"][name]) for name in weights)
+    assert not all(torch.equal(weights[name], content["model"][name]) for name in weights)
+
+
+def test_parameters_are_frozen_dropout_is_off_and_no_graph_is_kept(tiny: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, "--mode", "predict", "--text", "four", "--w", 1, "--out", tmp_path)
+    assert not drawn.model.network.training
+    assert all(not p.requires_grad and p.grad is None for p in drawn.model.network.parameters())
+    assert not drawn.video.requires_grad and drawn.video.grad_fn is None
+
+
+def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[[str], Path]:
+    """sample.find with folder as working directory and the project's; in it are empty files of these names."""
+    for age, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+        os.utime(folder / name, (1000 + age, 1000 + age))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sample, "__file__", str(folder / "sample.py"))
+    return lambda path: sample.find(path).resolve().relative_to(folder.resolve())
+
+
+def test_without_a_checkpoint_flag_the_newest_run_is_taken(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    names = ["pretrained/shipped.pt", "runs/z/checkpoint_00000009.pt", "runs/a/checkpoint_00000001.pt",
+             "runs/a/checkpoint_00000002.pt", "runs/b/config.json", "runs/b/.checkpoint_00000003.pt.1.tmp"]
+    assert str(lookup(monkeypatch, tmp_path, *names)("")) == "runs/a/checkpoint_00000002.pt"
+
+
+def test_without_runs_the_weights_that_come_with_the_project_are_taken(monkeypatch: MonkeyPatch,
+                                                                       tmp_path: Path) -> None:
+    find = lookup(monkeypatch, tmp_path, "pretrained/shipped.pt", "runs/started/config.json")
+    assert str(find("")) == "pretrained/shipped.pt"
+
+
+def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint in runs/ or pretrained/"):
+        lookup(monkeypatch, tmp_path)("")
+
+
+def test_a_run_folder_or_a_file_can_be_named(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    find = lookup(monkeypatch, tmp_path, "a run/checkpoint_00000001.pt", "a run/checkpoint_00000002.pt",
+                  "pretrained/shipped.pt", "runs/newer/checkpoint_00000001.pt")
+    assert str(find("a run")) == "a run/checkpoint_00000002.pt"
+    assert str(find("a run/checkpoint_00000001.pt")) == "a run/checkpoint_00000001.pt"
+
+
+def test_the_preset_of_a_model_says_how_to_sample_it_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = checkpointed(tmp_path / "run")
+    content = checkpoint.load(checkpoint.newest(folder))
+    content["settings"]["preset"] = "bair"
+    checkpoint.save(checkpoint.newest(folder), content)
+    paper = "--steps 3 --delta 0.1 --gamma 0 --sampler ancestral".split()
+    as_said = program(folder, *paper, "--out", tmp_path).video
+    assert torch.equal(program(folder, "--out", tmp_path).video, as_said)
+    program(folder, "--sampler", "ddim", "--out", tmp_path)  # whose --delta must not be held against it
+    enlarged = program(folder, *"--mode super_resolve --steps 60".split(), "--out", tmp_path)
+    low = enlarged.given[0][0].low
+    # the paper's w_r of 50 is for whole frames; for small ones it is far beyond what is stable
+    assert (pooled(enlarged.video) - low).square().mean() < 0.15 * low.square().mean()
+
+
+def test_a_base_whose_size_the_scale_does_not_divide_is_fine(tmp_path: Path) -> None:
+    large = checkpointed(tmp_path / "large", *"--size 24 --attention_resolutions 12".split())
+    base = checkpointed(tmp_path / "base", *"--size 8 --attention_resolutions 4".split())
+    drawn = program(large, *"--mode cascade --scale 3 --frames 4".split(), "--base", base, "--out", tmp_path)
+    assert drawn.video.shape == (2, 1, 4, 24, 24)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+def truncated(tiny: Path, folder: Path) -> list:
+    whole = checkpoint.newest(tiny).read_bytes()
+    (folder / "half.pt").write_bytes(whole[:len(whole) // 2])
+    return ["--checkpoint", folder / "half.pt"]
+
+
+def foreign(tiny: Path, folder: Path) -> list:
+    torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
+    return ["--checkpoint", folder / "foreign.pt"]
+
+
+def no_model(tiny: Path, folder: Path) -> list:
+    checkpoint.save(folder / "other.pt", {"weights": torch.zeros(3)})
+    return ["--checkpoint", folder / "other.pt"]
+
+
+def other_shape(tiny: Path, folder: Path) -> list:
+    content = checkpoint.load(checkpoint.newest(tiny))
+    checkpoint.save(folder / "other.pt", content | {"settings": content["settings"] | {"dim": 16}})
+    return ["--checkpoint", folder / "other.pt"]
+
+
+def no_preset(tiny: Path, folder: Path) -> list:
+    content = checkpoint.load(checkpoint.newest(tiny))
+    del content["settings"]["preset"]
+    checkpoint.save(folder / "other.pt", content)
+    return ["--checkpoint", folder / "other.pt"]
+
+
+def video(name: str, frames: int, mode: str, *flags: str) -> Callable[[Path, Path], list]:
+    def flags_for(tiny: Path, folder: Path) -> list:
+        np.save(folder / f"{name}.npy", np.zeros((frames, 16, 16), np.uint8))
+        return ["--mode", mode, "--input", folder / f"{name}.npy", *flags]
+    return flags_for
+
+
+def broken_video(tiny: Path, folder: Path) -> list:
+    (folder / "broken.gif").write_bytes(b"GIF89a and no more")
+    return ["--mode", "predict", "--input", folder / "broken.gif"]
+
+
+def out_is_a_file(tiny: Path, folder: Path) -> list:
+    (folder / "file").write_text("")
+    return ["--out", folder / "file"]
+
+
+MISTAKES: dict[str, tuple[list | Callable, str]] = {
+    "unknown mode": (["--mode", "dream"], "--mode"),
+    "unknown flag": (["--dim", "32"], "--dim"),
+    "negative steps": (["--steps", "-1"], "--steps"),
+    "no steps": (["--steps", "0"], "--steps"),
+    "no clips": (["--num", "0"], "--num"),
+    "gamma above one": (["--gamma", "1.5"], "--gamma"),
+    "no such device": (["--device", "cuda:99"], "--device cuda:99"),
+    "unknown device": (["--device", "gpu"], "--device gpu"),
+    "missing checkpoint": (["--checkpoint", "nowhere"], "nowhere"),
+    "folder without checkpoint": (lambda tiny, folder: ["--checkpoint", folder], "there is no checkpoint in"),
+    "truncated checkpoint": (truncated, "half.pt"),
+    "foreign checkpoint": (foreign, "foreign.pt"),
+    "checkpoint without a model": (no_model, "other.pt"),
+    "checkpoint of another shape": (other_shape, "other.pt"),
+    "checkpoint without a preset": (no_preset, "other.pt"),
+    "w without text": (["--w", "1"], "--w"),
+    "overlap too long": (["--mode", "extend", "--overlap", "4"], "--overlap 4"),
+    "nothing to predict": (["--mode", "predict", "--frames", "2"], "--frames 2"),
+    "scale that does not divide": (["--mode", "super_resolve", "--scale", "3"], "--scale 3"),
+    "delta with ddim": (["--sampler", "ddim", "--delta", "0.1"], "--delta"),
+    "gamma with dpm_solver": (["--sampler", "dpm_solver", "--gamma", "0.1"], "--gamma"),
+    "replacement of small frames": ("--mode cascade --method replacement".split(), "--method replacement"),
+    "base without cascade": (["--base", "nowhere"], "--base"),
+    "base is missing": (["--mode", "cascade", "--base", "nowhere"], "nowhere"),
+    "base of the wrong size": (lambda tiny, folder: ["--mode", "cascade", "--base", tiny], "1 x 16 px"),
+    "input without a mode for it": (video("clip", 6, "generate"), "--input"),
+    "input is missing": (["--mode", "predict", "--input", "nowhere.gif"], "nowhere.gif"),
+    "input is broken": (broken_video, "broken.gif"),
+    "input too short": (video("short", 1, "predict"), "has 1 frames, 2 are needed"),
+    "input too short to interpolate": (video("short", 2, "interpolate", "--frames", "16"), "6 are needed"),
+    "input too long to extend": (video("long", 16, "extend"), "has 16 frames already"),
+    "out is a file": (out_is_a_file, "file"),
+}
+
+
+def mistaken(folder: Path, flags: list, capsys: CaptureFixture) -> str:
+    """The one line on stderr that the program ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        program(folder, *flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("sample.py: error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_with_one_sentence_and_status_2(
+        name: str, tiny: Path, monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags, expected = MISTAKES[name]
+    flags = flags(tiny, tmp_path) if callable(flags) else flags
+    before = sorted(tmp_path.rglob("*"))
+    assert expected in mistaken(tiny, flags, capsys)
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+@pytest.mark.parametrize("flags", [["--text", "four"], ["--text", "four", "--w", "1"], ["--w", "1"]])
+def test_an_unconditional_model_takes_no_text(flags: list, unconditional: Path,
+                                              capsys: CaptureFixture) -> None:
+    assert "a model trained with captions" in mistaken(unconditional, flags, capsys)
+
+
+def test_a_cascade_with_a_text_needs_two_models_trained_with_captions(tiny: Path, tmp_path: Path,
+                                                                      capsys: CaptureFixture) -> None:
+    base = checkpointed(tmp_path / "base", *"--size 8 --attention_resolutions 4 --cond_dim 0".split())
+    assert "--text" in mistaken(tiny, ["--mode", "cascade", "--base", base, "--text", "four"], capsys)
+
+
+def test_the_real_process_ends_with_status_2_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "sample.py", "--checkpoint", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.splitlines() == [f"sample.py: error: there is no checkpoint {tmp_path / 'nowhere'}"]
