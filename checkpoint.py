@@ -43,10 +43,10 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def newest(*folders: Path) -> Path:
     """The newest checkpoint_*.pt in the folders. Raises ValueError if there is none."""
-    found = [path for folder in folders for path in folder.glob("checkpoint_*.pt")]
+    found = [max(paths) for folder in folders if (paths := list(folder.glob("checkpoint_*.pt")))]
     if not found:
         raise ValueError(f"there is no checkpoint in {' or '.join(map(str, folders)) or 'runs/'}")
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name))
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def plain_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,7 @@
 """The command line: a dataclass is a set of flags, a field's comment its --help, and presets are values.
 
 A numeric field's comment starts with the range it allows, [1, 16] or (0, inf); --help shows it and parse()
-enforces it. The presets carry the paper's appendix (section 6 of its hyperparameters) and two small ones of
-our own.
+enforces it. The presets carry the hyperparameters of the paper's appendix, and two small sets of our own.
 """
 import argparse
 import dataclasses
@@ -28,7 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                 noise_shift=3.0, lr=8e-4, warmup=150, decay="cosine", batch_size=4, ema=0.999, steps=12_000),
     "cuda": dict(size=64, digits=2, dim=64, dim_mults=(1, 2, 4, 8), blocks=2, scale_shift=True,
                  attention_resolutions=(8, 16, 32), head_dim=64, emb_dim=512, emb_layers=2, num_images=4,
-                 noise_shift=3.0, lr=5e-4, warmup=500, decay="cosine", batch_size=64, ema=0.9995, steps=20_000),
+                 noise_shift=3.0, lr=5e-4, warmup=500, decay="cosine", batch_size=16, accumulate=2,
+                 checkpointing=True, ema=0.9995, steps=20_000),
     "ucf101": _PAPER | dict(dropout=0.1, steps=60_000),
     "bair": _PAPER | dict(dim=128, dim_mults=(1, 2, 3, 4), blocks=3, emb_layers=2, prediction="v",
                           dropout=0.1, lr=2e-4, beta2=0.999, weight_decay=0.01, ema=0.999,
@@ -43,8 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 SAMPLING: dict[str, dict[str, Any]] = {  # what sample.py starts from for a model trained with the preset
     "ucf101": dict(sampler="ancestral", steps=256, gamma=0.1),
-    "bair": dict(sampler="ancestral", steps=256, gamma=0.0, delta=0.1, w_r=50.0),
-    "kinetics600": dict(sampler="ancestral", steps=128, gamma=0.0, delta=0.1, w_r=9.0),
+    "bair": dict(sampler="ancestral", steps=256, gamma=0.0, delta=0.1, w_r=50.0, overlap=1),
+    "kinetics600": dict(sampler="ancestral", steps=128, gamma=0.0, delta=0.1, w_r=9.0, overlap=5),
     "text_small": dict(sampler="ancestral", steps=256, gamma=0.3),
     "text_large": dict(sampler="ancestral", steps=256, gamma=0.3),
     "text_9x128": dict(sampler="ancestral", steps=256, gamma=0.3),
@@ -63,6 +63,12 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, by name: this file does without torch
+            raise
+        fail("the GPU is out of memory: lower --batch_size (and raise --accumulate), or use --checkpointing")
 
 
 def parse(*configs: type, argv: list[str] | None = None,

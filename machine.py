@@ -35,6 +35,12 @@ class Machine:
         dist.all_reduce(told)
         return told.item() > 0
 
+    def mean(self, here: torch.Tensor) -> float:
+        """The mean of a number over all processes; all of them must ask."""
+        if self.world > 1:
+            dist.all_reduce(here)
+        return here.item() / self.world
+
     def __str__(self) -> str:
         cuda = self.device.type == "cuda"
         name = (torch.cuda.get_device_name(self.device) if cuda
@@ -66,7 +72,7 @@ def start(device: str, precision: str, threads: int) -> Machine:
     if "RANK" not in os.environ:  # set by torchrun
         return machine
     if machine.device.type == "cuda":
-        machine.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        machine.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(machine.device)
     dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
     machine.rank, machine.world = dist.get_rank(), dist.get_world_size()

@@ -23,6 +23,7 @@ from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
 from unet3d import UNet3D, UNetConfig
 
+SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
 Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"]
 
 
@@ -136,7 +137,7 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
 
 def overlap(model: Model, s: SampleConfig) -> int:
     """The frames that predict is given and that blocks share."""
-    return s.overlap or max(1, model.network.config.frames // 2)
+    return s.overlap or model.network.config.frames // 2
 
 
 def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
@@ -224,7 +225,7 @@ def cascade(model: Model, s: SampleConfig) -> Given:
         x, frames = slow_clip(model, s)
         return show_small(nothing(model, s, frames), s.stride, smaller(x, s.scale))
     base, _ = load_model(find(s.base), model.device)
-    check(base, s)
+    check(base, dataclasses.replace(s, scale=1))
     small, large = base.network.config, model.network.config
     if (small.size * s.scale, small.channels) != (large.size, large.channels):
         raise ValueError(f"--base draws frames of {small.channels} x {small.size} px, but --scale {s.scale} "
@@ -284,6 +285,7 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
 def check(model: Model, s: SampleConfig) -> None:
     """Raises ValueError, in one sentence, for settings that do not fit the model or each other."""
     length, size, k = model.network.config.frames, model.network.config.size, overlap(model, s)
+    small = s.mode in SMALL
     wrong = {
         f"--overlap {k} must be less than the model's {length} frames": k >= length,
         f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
@@ -292,10 +294,14 @@ def check(model: Model, s: SampleConfig) -> None:
         "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
         f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
             (s.delta or s.gamma) and s.sampler != "ancestral",
-        f"--scale {s.scale} does not divide the model's {size} pixels": size % s.scale,
+        f"--scale {s.scale} does not divide the model's {size} pixels": small and size % s.scale,
         f"--method replacement replaces whole frames, and --mode {s.mode} is given small ones":
-            s.method == "replacement" and s.mode in ("super_resolve", "cascade"),
+            s.method == "replacement" and small,
+        f"--mode predict needs a model of two frames or more, and this one has {length}":
+            s.mode == "predict" and k == 0,
         f"--base belongs to --mode cascade, not {s.mode}": s.base and s.mode != "cascade",
+        "--input is for modes that are given frames: not generate, nor cascade with --base":
+            s.input and (s.mode == "generate" or s.base),
     }
     for sentence, holds in wrong.items():
         if holds:
@@ -307,18 +313,24 @@ def main() -> None:
     s, = config.parse(SampleConfig)
     machine, path = start(s.device, s.precision, s.threads), find(s.checkpoint)
     model, trained = load_model(path, machine.device)
-    numbers = config.SAMPLING.get(trained["preset"], {})  # the paper's, unless another sampler is asked for
-    s, = config.parse(SampleConfig, defaults=lambda given: {} if "sampler" in given else numbers)
+    s, = config.parse(SampleConfig, defaults=lambda given: papers_numbers(trained.get("preset"), given))
     check(model, s)
     print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px")
     mode = {"generate": generate, "predict": predict, "extend": extend, "interpolate": interpolate,
             "super_resolve": super_resolve, "cascade": cascade}[s.mode]
     with machine.autocast():
         given = mode(model, s)
+        Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
         video = fill(model, s, given)
     marks = given.known if given.low is None else given.known | given.low_known
     for written in save_video(video, free_name(Path(s.out), s.mode), known=marks):
         print(written)
+
+
+def papers_numbers(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The paper's sampler for a preset, unless another is given; its w_r is meant for whole frames."""
+    numbers = config.SAMPLING.get(preset, {}) if given.get("sampler", "ancestral") == "ancestral" else {}
+    return {name: value for name, value in numbers.items() if name != "w_r" or given.get("mode") not in SMALL}
 
 
 def free_name(folder: Path, mode: str) -> Path:

@@ -13,14 +13,14 @@ FILES = {path.stem: path for path in sorted(HERE.glob("*.py"))}
 PRODUCT = [name for name in FILES if not name.startswith("test_") and name != "conftest"]
 TESTS = [name for name in FILES if name not in PRODUCT]
 
-LEAVES = {"config", "data", "text", "unet3d", "diffusion", "checkpoint", "machine"}
+LEAVES = {"config", "data", "text", "unet3d", "diffusion", "checkpoint", "machine", "record"}
 ARROWS = {  # file: neighbours it must import, neighbours it may import
     **{leaf: (set(), set()) for leaf in LEAVES},
     "guidance": ({"diffusion"}, set()),
     "sampling": ({"diffusion"}, set()),
     "cost": ({"diffusion", "unet3d"}, set()),
     "train": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint"},
-              {"sampling", "machine", "cost"}),
+              {"sampling", "machine", "cost", "record"}),
     "sample": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint", "guidance", "sampling"},
                {"machine"}),
     "metrics": (set(), {"data", "unet3d", "checkpoint", "config", "machine"}),

@@ -1,4 +1,4 @@
-"""Sampling: the modes end to end from a tiny checkpoint, and their composition, with closed-form denoisers."""
+"""Sampling: the modes end to end from a tiny checkpoint, and their composition with closed-form denoisers."""
 import dataclasses
 import functools
 import inspect
@@ -31,8 +31,9 @@ from unet3d import UNetConfig
 HERE = Path(__file__).parent
 CPU = Machine(torch.device("cpu"), "float32")
 TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
-        "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 --emb_layers 1 "
-        "--patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2 --steps 1").split()
+        "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
+        "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2 "
+        "--steps 1").split()
 QUICK = "--device cpu --precision float32 --steps 3 --num 2".split()
 ORANGE, GREY = (255, 140, 0), (64, 64, 64)
 
@@ -530,7 +531,7 @@ def test_parameters_are_frozen_dropout_is_off_and_no_graph_is_kept(tiny: Path, t
 
 
 def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[[str], Path]:
-    """sample.find with folder as working directory and the project's; in it are empty files of these names."""
+    """sample.find with folder as working directory and as the project's; in it are files of these names."""
     for age, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
@@ -611,13 +612,6 @@ def other_shape(tiny: Path, folder: Path) -> list:
     return ["--checkpoint", folder / "other.pt"]
 
 
-def no_preset(tiny: Path, folder: Path) -> list:
-    content = checkpoint.load(checkpoint.newest(tiny))
-    del content["settings"]["preset"]
-    checkpoint.save(folder / "other.pt", content)
-    return ["--checkpoint", folder / "other.pt"]
-
-
 def video(name: str, frames: int, mode: str, *flags: str) -> Callable[[Path, Path], list]:
     def flags_for(tiny: Path, folder: Path) -> list:
         np.save(folder / f"{name}.npy", np.zeros((frames, 16, 16), np.uint8))
@@ -650,7 +644,6 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "foreign checkpoint": (foreign, "foreign.pt"),
     "checkpoint without a model": (no_model, "other.pt"),
     "checkpoint of another shape": (other_shape, "other.pt"),
-    "checkpoint without a preset": (no_preset, "other.pt"),
     "w without text": (["--w", "1"], "--w"),
     "overlap too long": (["--mode", "extend", "--overlap", "4"], "--overlap 4"),
     "nothing to predict": (["--mode", "predict", "--frames", "2"], "--frames 2"),

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import config
+import record
 import train
 from data import DataConfig, batches
 from diffusion import denoiser, schedule
@@ -40,8 +41,8 @@ from unet3d import UNet3D
 HERE = Path(__file__).parent
 CPU = Machine(torch.device("cpu"), "float32")
 TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
-        "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 --emb_layers 1 "
-        "--patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2").split()
+        "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
+        "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2").split()
 # everything random in one run: dropout, image frames, dropped captions, two micro-batches in a step
 RUN = [*TINY, *("--steps 6 --accumulate 2 --dropout 0.2 --cond_dropout 0.5 --ema 0.3 --warmup 3 --lr 0.01 "
                 "--save_every 2 --log_every 2 --preview_every 4").split()]
@@ -297,8 +298,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monke
     state = train.build(s, CPU.device)
     before = [p.detach().clone() for p in state.model.parameters()]
     monkeypatch.setattr(train, "loss", lambda network, *rest: network.entry.weight.sum() * math.inf)
-    with pytest.raises(ValueError, match="gradient of step 1 is not finite"):
-        train.train_step(state.model, state, batches(s.data, 2, 0), s, CPU)
+    train.train_step(state.model, state, batches(s.data, 2, 0), s, CPU)
     assert same(list(state.model.parameters()), before) and same(list(state.ema.module.parameters()), before)
     assert not state.optimizer.state and state.step == 0
 
@@ -349,7 +349,7 @@ def squares() -> Squares:
         clips[1, 0, f, 1 + 2 * f : 9 + 2 * f, 4:12] = 1
     flags = ("--num_images 0 --dim 32 --dim_mults 1,2,2 --patch 2 --head_dim 32 --emb_dim 64 --emb_layers 2 "
              "--attention_resolutions 4,2 --cond_dim 16 --cond_dropout 0 --noise_shift 3 --lr 0.003 "
-             "--warmup 20 --ema 0.95 --batch_size 8 --steps 350").split()
+             "--warmup 20 --ema 0.95 --batch_size 8 --steps 350 --seed 1").split()
     return Squares(clips, train.settings([*TINY, *flags]))
 
 
@@ -425,7 +425,7 @@ def test_without_matplotlib_there_is_no_curve_and_no_complaint(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "metrics.jsonl").write_text((whole.folder / "metrics.jsonl").read_text())
-    train.draw_curve(tmp_path)
+    record.draw(tmp_path)
     assert not (tmp_path / "loss.png").exists()
 
 
@@ -509,7 +509,8 @@ def test_dry_run_prints_what_a_preset_costs_without_allocating_it(
     parameters, flops, clips, weights, optimizer = map(float, row.groups())
     assert weights == pytest.approx(parameters * 4e6 / 2**30, abs=0.006)
     assert optimizer == pytest.approx(2 * parameters * 4e6 / 2**30, abs=0.006)
-    assert flops > 0 and clips == config.PRESETS[preset]["batch_size"]
+    values = {"accumulate": 1} | config.PRESETS[preset]
+    assert flops > 0 and clips == values["batch_size"] * values["accumulate"]
     assert grown < 150 and not list(tmp_path.iterdir())
     if preset == "cpu":
         network = UNet3D(train.settings(["--preset", preset]).unet)
@@ -523,8 +524,9 @@ def test_dry_run_prints_what_a_preset_costs_without_allocating_it(
 
 def processes(*words: object) -> dict:
     """Arguments of subprocess for a Python program in the project's folder, one thread each."""
-    return {"args": [sys.executable, *map(str, words)], "cwd": HERE, "text": True,
-            "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, *map(str, words)], "env": environment, "cwd": HERE,
+            "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
 def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path: Path) -> None:

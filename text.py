@@ -49,7 +49,7 @@ def _vector(word: str, dim: int) -> Tensor:
     return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
 
 
-@functools.lru_cache(maxsize=100_000)
+@functools.lru_cache(maxsize=4096)  # a caption is a quarter of a megabyte at full size
 def _bert(caption: str, config: TextConfig) -> Tensor:
     if not caption.strip():
         return torch.zeros(config.tokens, config.cond_dim)

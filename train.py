@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import config
 import cost
+import record
 from data import DataConfig, batches, save_video
 from diffusion import DiffusionConfig, denoiser, loss, noise_like, schedule
 from machine import Machine, find_device, start, stop_signals
@@ -80,30 +82,39 @@ class State:
     model: nn.Module
     ema: AveragedModel
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
     step: int = 0
 
 
 def settings(argv: list[str] | None = None) -> Settings:
     """The settings: flags given by hand, else the resumed run's, else the preset's for the hardware."""
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
-        if folder := given.get("resume"):
-            return checkpoint.load(checkpoint.newest(Path(folder)))["settings"] | {"out": folder}
-        return {"preset": find_device(given.get("device", "auto")).type}
+        if not given.get("resume"):
+            return {"preset": find_device(given.get("device", "auto")).type}  # cpu or cuda
+        if "preset" in given:
+            raise ValueError("--preset chooses what a new run starts from; it cannot be given with --resume")
+        path = checkpoint.newest(Path(given["resume"]))
+        content = checkpoint.load(path)
+        if not isinstance(content, dict) or not {"settings", "optimizer", "step"} <= set(content):
+            raise ValueError(f"{path} holds no run that can be resumed")
+        return content["settings"] | {"out": given["resume"]}
     parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
     return Settings(*config.parse(*parts, argv=argv, defaults=defaults))
 
 
 def build(s: Settings, device: torch.device) -> State:
-    """Network, averaged network, Adam and learning rate schedule, at step 0 or where --resume left them."""
+    """Network, averaged network and Adam, at step 0 or where --resume left them."""
     torch.manual_seed(s.train.seed)
     model = UNet3D(s.unet).to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
                                   weight_decay=s.train.weight_decay, fused=True)
-    state = State(model, ema, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(s.train)))
+    state = State(model, ema, optimizer)
     if s.train.resume:
-        restore(state, checkpoint.load(checkpoint.newest(Path(s.train.resume))))
+        path = checkpoint.newest(Path(s.train.resume))
+        try:
+            restore(state, checkpoint.load(path))
+        except RuntimeError:
+            raise ValueError(f"{path} holds another network; resume without flags that change it") from None
     return state
 
 
@@ -132,8 +143,7 @@ def save(state: State, s: Settings) -> None:
     checkpoint.save(folder / f"checkpoint_{state.step:08d}.pt", {
         "settings": s.flat(), "step": state.step,
         "model": state.model.state_dict(), "ema": checkpoint.plain_keys(state.ema.state_dict()),
-        "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict(),
-        "scheduler": state.scheduler.state_dict()})
+        "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict()})
     for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
         old.unlink()
 
@@ -143,8 +153,8 @@ def restore(state: State, content: dict[str, Any]) -> None:
     state.model.load_state_dict(content["model"])
     state.ema.module.load_state_dict(content["ema"])
     state.ema.n_averaged.copy_(content["ema_count"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.scheduler.load_state_dict(content["scheduler"])
+    groups = state.optimizer.state_dict()["param_groups"]  # as the flags say now
+    state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
     state.step = content["step"]
 
 
@@ -154,8 +164,8 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     torch.manual_seed(s.train.seed << 32 | index)
     cond = condition(captions, s.text)
     if cond is not None:
-        keep = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
-        cond = (cond * keep[..., None, None]).to(machine.device)
+        kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
+        cond = (cond * kept[..., None, None]).to(machine.device)
     with machine.autocast():
         return loss(network, x.to(machine.device), s.diffusion, cond, s.data.num_images).mean()
 
@@ -169,7 +179,10 @@ def condition(captions: list[list[str]], text: TextConfig) -> Tensor | None:
 
 def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
                machine: Machine) -> tuple[Tensor, Tensor]:
-    """One optimizer step over --accumulate micro-batches. Returns the mean loss and the gradient's norm."""
+    """One optimizer step over --accumulate micro-batches. Returns the mean loss and the gradient's norm.
+
+    A gradient that is not finite is not applied, and the step does not count.
+    """
     total = torch.zeros((), device=machine.device)
     for part in range(s.train.accumulate):
         index = (state.step * s.train.accumulate + part) * machine.world + machine.rank
@@ -179,43 +192,48 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
             part_loss.backward()
         total += part_loss.detach()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), s.train.clip)
-    if not torch.isfinite(norm):
-        raise ValueError(f"the gradient of step {state.step + 1} is not finite and was not applied: lower "
-                         f"--lr or use --precision float32, and --resume")
-    state.optimizer.step()
+    if torch.isfinite(norm):
+        for group in state.optimizer.param_groups:
+            group["lr"] = s.train.lr * lr_factor(s.train)(state.step)
+        state.optimizer.step()
+        state.ema.update_parameters(state.model)
+        state.step += 1
     state.optimizer.zero_grad()
-    state.scheduler.step()
-    state.ema.update_parameters(state.model)
-    state.step += 1
     return total, norm
 
 
 def fit(s: Settings, machine: Machine) -> None:
     """The training loop: steps, metrics, previews and checkpoints, until --steps or a signal to stop."""
     state, stop = build(s, machine.device), stop_signals()
+    if machine.rank == 0:
+        record.forget(Path(s.train.out), state.step)
     network = torch.compile(state.model) if s.train.compile else state.model
     network = DistributedDataParallel(network) if machine.world > 1 else network
     first = state.step * s.train.accumulate * machine.world + machine.rank
     stream = batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device)
-    clips = s.train.batch_size * s.train.accumulate * machine.world
+    clips, norm = s.train.batch_size * s.train.accumulate * machine.world, torch.zeros(())
     with tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
               disable=machine.rank > 0) as bar:
         losses, begun = [], time.time()
         while state.step < s.train.steps and not machine.any(bool(stop)):
             value, norm = train_step(network, state, stream, s, machine)
+            if not torch.isfinite(norm):
+                break
             losses.append(value)
             bar.update(clips)
             if state.step % s.train.log_every == 0:
-                value = torch.stack(losses).mean().item()
+                value = machine.mean(torch.stack(losses).mean())
                 bar.set_postfix(step=state.step, loss=f"{value:.4f}")
-                log(s, machine, step=state.step, loss=value, grad_norm=norm.item(),
-                    lr=state.scheduler.get_last_lr()[0],
-                    clips_per_second=clips * len(losses) / (time.time() - begun))
+                if machine.rank == 0:
+                    record.append(Path(s.train.out), {
+                        "step": state.step, "loss": value, "grad_norm": norm.item(),
+                        "lr": state.optimizer.param_groups[0]["lr"],
+                        "clips_per_second": clips * len(losses) / (time.time() - begun)})
                 losses, begun = [], time.time()
             if machine.rank == 0:
                 keep(state, s, machine)
     if machine.rank == 0:
-        finish(state, s, stop)
+        finish(state, s, stop, norm)
 
 
 def keep(state: State, s: Settings, machine: Machine) -> None:
@@ -225,29 +243,6 @@ def keep(state: State, s: Settings, machine: Machine) -> None:
         preview(state, s, machine)
     if state.step % s.train.save_every == 0:
         save(state, s)
-
-
-def log(s: Settings, machine: Machine, **values: float) -> None:
-    """Appends one line to metrics.jsonl (from the first process)."""
-    if machine.rank == 0:
-        with open(Path(s.train.out) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
-def draw_curve(folder: Path) -> None:
-    """Draws loss.png from metrics.jsonl if matplotlib happens to be installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    if not (folder / "metrics.jsonl").exists():
-        return
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure()
-    axes = figure.subplots()
-    axes.semilogy([line["step"] for line in lines], [line["loss"] for line in lines])
-    axes.set(xlabel="step", ylabel="loss")
-    figure.savefig(folder / "loss.png")
 
 
 @torch.no_grad()
@@ -262,29 +257,37 @@ def preview(state: State, s: Settings, machine: Machine) -> None:
     with machine.autocast():
         video = dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
     save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
-    draw_curve(Path(s.train.out))
+    record.draw(Path(s.train.out))
 
 
-def finish(state: State, s: Settings, stop: list[int]) -> None:
-    """Saves; after a signal, prints the command that goes on and exits with 128 + its number."""
+def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
+    """Saves and says how to go on; exits with 128 + a signal, raises ValueError if norm is not finite."""
     save(state, s)
-    if stop:
-        print(f"stopped at step {state.step}; to go on: python train.py --resume {shlex.quote(s.train.out)}")
-        raise SystemExit(128 + stop[0])
+    go_on = f"python train.py --resume {shlex.quote(s.train.out)}"
+    if not torch.isfinite(norm):
+        raise ValueError(f"the gradient of step {state.step + 1} is not finite and was not applied; step "
+                         f"{state.step} is saved: {go_on} with a lower --lr or --precision float32")
+    if state.step < s.train.steps:
+        print(f"stopped at step {state.step}; to go on: {go_on}")
+        raise SystemExit(128 + (stop or [signal.SIGTERM])[0])  # the signal may have reached another process
     print(f"done: python sample.py --checkpoint {shlex.quote(s.train.out)}")
 
 
 def prepare(s: Settings, machine: Machine) -> None:
     """Names and makes the run's folder and says on what it trains; refuses a folder with another run."""
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(s.train.out)
-    if not s.train.resume and any(folder.glob("checkpoint_*.pt")):
+    folder, resumed = Path(s.train.out), Path(s.train.resume)
+    holds_run = (folder / "config.json").exists() or any(folder.glob("checkpoint_*.pt"))
+    if holds_run and not (s.train.resume and folder.samefile(resumed)):
         raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another --out")
+    next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
     if machine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(s.flat(), indent=1))
-        print(f"preset {s.train.preset} on {machine}, into {folder}; "
-              f"the preset follows the hardware unless --preset or --device is given")
+        clips = s.train.batch_size * s.train.accumulate * machine.world
+        fits = s.train.preset == machine.device.type
+        reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
+        print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {folder}")
 
 
 def main() -> None:

@@ -1,0 +1,39 @@
+"""What a run writes down for people: metrics.jsonl, a line every so many steps, and loss.png from it."""
+import json
+from pathlib import Path
+
+
+def append(folder: Path, values: dict[str, float]) -> None:
+    """Adds one line to the run's metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """The lines of the run's metrics.jsonl; without the last one if a crash cut it off."""
+    path, lines = folder / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def forget(folder: Path, step: int) -> None:
+    """Drops the lines after step from metrics.jsonl: a resumed run takes those steps again."""
+    kept = [values for values in read(folder) if values["step"] <= step]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in kept))
+
+
+def draw(folder: Path) -> None:
+    """Draws loss.png if matplotlib happens to be installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure, lines = Figure(), read(folder)
+    axes = figure.subplots()
+    axes.semilogy([values["step"] for values in lines], [values["loss"] for values in lines])
+    axes.set(xlabel="step", ylabel="loss")
+    figure.savefig(folder / "loss.png")
