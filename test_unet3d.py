@@ -448,7 +448,7 @@ def test_a_fresh_block_without_change_of_width_changes_nothing():
 
 
 def test_space_to_depth_keeps_every_pixel_and_is_undone():
-    model, z, inside = network(patch=2), noise(2, 2, 3, 8, 8), []
+    model, z, inside = network(patch=2, attention_resolutions=(4,)), noise(2, 2, 3, 8, 8), []
     model.u_net = lambda x, emb, mask: inside.append(x) or x
     assert torch.equal(model(z, torch.tensor(0.0)), z)
     x, = inside
@@ -468,10 +468,15 @@ def test_a_size_that_the_levels_cannot_halve_is_one_sentence(changes):
         small(**changes)
 
 
+def test_attention_resolutions_that_no_level_has_are_one_sentence():
+    with pytest.raises(ValueError, match=r"^--attention_resolutions 7, 9 names none of the levels' heights, 8, 4$"):
+        small(attention_resolutions=(7, 9), size=8, dim_mults=(1, 1))
+
+
 @pytest.mark.parametrize("changes", [dict(dim=9), dict(dim=24, head_dim=20), dict(dim=8, head_dim=64),
                                      dict(emb_dim=9), dict(emb_layers=1), dict(cond_dim=0), dict(cond_dim=1),
-                                     dict(frames=1), dict(blocks=2), dict(patch=2), dict(dim_mults=(1,)),
-                                     dict(attention_resolutions=())])
+                                     dict(frames=1), dict(blocks=2), dict(dim_mults=(1,)),
+                                     dict(patch=2, attention_resolutions=(4,)), dict(attention_resolutions=())])
 def test_every_allowed_configuration_runs(changes):
     model, z = network(**dict(dim=16) | changes), noise(1, 2, 3, 8, 8)
     cond = noise(1, 4, model.config.cond_dim) if model.config.cond_dim else None

@@ -277,17 +277,17 @@ def prepare(s: Settings, machine: Machine) -> None:
     """Names and makes the run's folder and says on what it trains; refuses a folder with another run."""
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, resumed = Path(s.train.out), Path(s.train.resume)
+    next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
+    if machine.rank > 0:
+        return
     holds_run = (folder / "config.json").exists() or any(folder.glob("checkpoint_*.pt"))
     if holds_run and not (s.train.resume and folder.samefile(resumed)):
         raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another --out")
-    next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
-    if machine.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(s.flat(), indent=1))
-        clips = s.train.batch_size * s.train.accumulate * machine.world
-        fits = s.train.preset == machine.device.type
-        reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
-        print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(s.flat(), indent=1))
+    fits, clips = s.train.preset == machine.device.type, s.train.batch_size * s.train.accumulate * machine.world
+    reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
+    print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {folder}")
 
 
 def main() -> None:

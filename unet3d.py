@@ -40,9 +40,9 @@ class UNetConfig:
             raise ValueError(f"--size {self.size} is not divisible by {factor}, which {len(self.dim_mults)} "
                              f"levels (--dim_mults) and --patch {self.patch} need")
         heights = [self.size // self.patch // 2**level for level in range(len(self.dim_mults))]
-        if not set(heights) & set(self.attention_resolutions):
-            raise ValueError(f"--attention_resolutions {str(self.attention_resolutions)[1:-1]} is none of the heights "
-                             f"of this network's levels, {str(heights)[1:-1]}")
+        if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
+            given, there = str(self.attention_resolutions)[1:-1], str(heights)[1:-1]
+            raise ValueError(f"--attention_resolutions {given} names none of the levels' heights, {there}")
 
 
 class Norm(nn.GroupNorm):
