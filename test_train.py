@@ -614,6 +614,7 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "no number": (["--lr", "nan"], "--lr"),
     "unknown data": (["--dataset", "imagenet"], "--dataset"),
     "two channels": (["--channels", "2"], "channels is 2"),
+    "training on test digits": (["--split", "test"], "--split test is never trained on"),
     "unknown device": (["--device", "gpu"], "--device gpu"),
     "no such device": (["--device", "cuda:99"], "--device cuda:99"),
     "no data_dir": (["--dataset", "video_folder"], "data_dir is ''"),

@@ -277,6 +277,8 @@ def prepare(s: Settings, machine: Machine) -> None:
     """Names and makes the run's folder and says on what it trains; refuses a folder with another run."""
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, resumed = Path(s.train.out), Path(s.train.resume)
+    if s.data.split != "train":
+        raise ValueError(f"--split {s.data.split} is never trained on: sample.py takes its given frames from it")
     next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
     if machine.rank > 0:
         return
@@ -285,7 +287,8 @@ def prepare(s: Settings, machine: Machine) -> None:
         raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(s.flat(), indent=1))
-    fits, clips = s.train.preset == machine.device.type, s.train.batch_size * s.train.accumulate * machine.world
+    fits = s.train.preset == machine.device.type
+    clips = s.train.batch_size * s.train.accumulate * machine.world
     reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {folder}")
 
