@@ -278,7 +278,7 @@ def prepare(s: Settings, machine: Machine) -> None:
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, resumed = Path(s.train.out), Path(s.train.resume)
     if s.data.split != "train":
-        raise ValueError(f"--split {s.data.split} is never trained on: sample.py takes its given frames from it")
+        raise ValueError(f"--split {s.data.split} is never trained on: sample.py draws from it")
     next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
     if machine.rank > 0:
         return
