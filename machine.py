@@ -21,7 +21,7 @@ class Machine:
             return self.precision == "bf16"
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        # emulated, it is slower than float32; PyTorch has no public way to ask, and not on every processor this one
+        # emulated, it is slower than float32; PyTorch has no public way to ask, nor this one everywhere
         return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
     def autocast(self) -> torch.autocast:
