@@ -79,7 +79,7 @@ def test_every_mode_is_in_its_table_and_has_a_command():
     assert {mode for mode in modes if any(f"--mode {mode}" in line for line in COMMANDS)} == set(modes)
 
 
-PRESETS = rows("The presets")
+PRESETS = rows("The presets, by")
 
 
 @pytest.mark.parametrize("row", PRESETS, ids=[row[0].strip("`") for row in PRESETS])
