@@ -52,7 +52,7 @@ class Norm(nn.GroupNorm):
         super().__init__(max(1, math.gcd(dim, 64) // 2), dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())  # float32 always: its sums need the digits
+        return super().forward(x.float()).to(x.dtype)  # its sums need float32's digits, what follows does not
 
 
 def zero(layer: nn.Module) -> nn.Module:
@@ -91,7 +91,11 @@ class SpatialMix(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (rearrange(y, "bf n heads d -> bf heads n d") for y in (q, k, v))
-        return rearrange(nnf.scaled_dot_product_attention(q, k, v), "bf heads n d -> bf n heads d")
+        with torch.autocast("cpu", enabled=False):
+            if not q.is_cuda:  # the CPU kernel's bf16 backward pass takes three times as long as float32's
+                q, k, v = q.float(), k.float(), v.float()
+            out = nnf.scaled_dot_product_attention(q, k, v)
+        return rearrange(out, "bf heads n d -> bf n heads d")
 
 
 class TemporalMix(nn.Module):
