@@ -23,6 +23,7 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
               {"sampling", "machine", "cost", "record"}),
     "sample": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint", "guidance", "sampling"},
                {"machine"}),
+    "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine", "train"}),
     "metrics": (set(), {"data", "unet3d", "checkpoint", "config", "machine"}),
     "evaluate": ({"sample", "metrics"}, {"config", "data", "checkpoint", "machine", "diffusion"}),
 }
@@ -87,13 +88,13 @@ def test_a_leaf_imports_no_neighbour(name):
 
 def test_guidance_and_sampling_never_meet_but_in_the_programs():
     assert "sampling" not in neighbours("guidance") and "guidance" not in neighbours("sampling")
-    assert {name for name in PRODUCT if {"guidance", "sampling"} <= neighbours(name)} == {"sample"}
+    assert {name for name in PRODUCT if {"guidance", "sampling"} <= neighbours(name)} == {"sample", "bench"}
     assert {"guidance", "sampling"} <= {name for name in PRODUCT if "diffusion" in neighbours(name)}
 
 
 def test_the_network_is_imported_by_programs_alone():
     assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
-            <= {"train", "sample", "cost", "metrics"})
+            <= {"train", "sample", "cost", "metrics", "bench"})
 
 
 def test_no_import_points_in_a_circle():
