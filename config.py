@@ -21,10 +21,10 @@ _PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), b
 _TEXT = _PAPER | dict(encoder="bert", cond_dim=1024, tokens=64)
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours: for a CPU (an hour and a half on two cores) and for one GPU. Everything below them is the paper's.
+    # Ours: for a CPU (about an hour on two cores) and for one GPU. Everything below them is the paper's.
     "cpu": dict(size=32, digits=1, dim=64, dim_mults=(1, 2, 4), blocks=1, patch=2, scale_shift=True,
                 attention_resolutions=(8,), head_dim=32, emb_dim=256, emb_layers=2, num_images=2,
-                noise_shift=3.0, lr=8e-4, warmup=150, decay="cosine", batch_size=4, ema=0.999, steps=12_000),
+                noise_shift=3.0, lr=8e-4, warmup=150, decay="cosine", batch_size=4, ema=0.999, steps=9_000),
     "cuda": dict(size=64, digits=2, dim=64, dim_mults=(1, 2, 4, 8), blocks=2, scale_shift=True,
                  attention_resolutions=(8, 16, 32), head_dim=64, emb_dim=512, emb_layers=2, num_images=4,
                  noise_shift=3.0, lr=5e-4, warmup=500, decay="cosine", batch_size=16, accumulate=2,
