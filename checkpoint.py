@@ -1,4 +1,5 @@
 """Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
+import argparse
 import hashlib
 import os
 import warnings
@@ -49,6 +50,17 @@ def newest(*folders: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def publish(run: str | Path, out: str | Path) -> None:
+    """Writes what sampling needs of a run's newest checkpoint to out: averaged weights in bf16, and settings.
+
+    Raises ValueError if run holds no checkpoint.
+    """
+    content = load(newest(Path(run)))
+    settings = content["settings"] | {"out": "", "resume": ""}  # nobody else's business
+    save(out, {"settings": settings, "step": content["step"],
+               "ema": {key: value.bfloat16() for key, value in content["ema"].items()}})
+
+
 def plain_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict without the prefixes that DistributedDataParallel, torch.compile and AveragedModel add."""
     def plain(key: str) -> str:
@@ -80,3 +92,13 @@ def _pieces(content: Any) -> Iterator[bytes]:
             yield from _pieces(value)
     else:
         yield repr(content).encode()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Strips a run's newest checkpoint to what sampling needs.")
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("out", help="the file to write, such as pretrained/NAME.pt")
+    try:
+        publish(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"checkpoint.py: error: {error}") from None

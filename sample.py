@@ -33,7 +33,7 @@ class SampleConfig:
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
     base: str = ""  # cascade: the model that draws the small, slow clip; else a real one is made so
-    text: str = ""  # caption of the clips; without it they are unconditional
+    text: str = ""  # caption of the clips, or several taking turns, separated by |; none: unconditional
     num: int = 4  # [1, 1024] clips
     seed: int = 0  # [0, 2147483647] the same seed gives the same video
     sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5, or fewer network calls
@@ -84,7 +84,7 @@ def find(path: str) -> Path:
     """The checkpoint that a file, a run's folder or "" means: the newest run's, else pretrained/'s first."""
     if path:
         return checkpoint.newest(Path(path)) if Path(path).is_dir() else Path(path)
-    shipped = sorted((Path(__file__).parent / "pretrained").glob("*.pt"))
+    shipped = sorted((Path(__file__).parent / "pretrained").glob("moving_mnist*.pt"))
     runs = [folder for folder in Path("runs").glob("*") if any(folder.glob("checkpoint_*.pt"))]
     if not runs and not shipped:
         raise ValueError("there is no checkpoint in runs/ or pretrained/; train one with "
@@ -97,7 +97,8 @@ def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]
     content = checkpoint.load(path)
     try:
         settings = content["settings"]
-        data, unet, diffusion, text = (kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)})
+        data, unet, diffusion, text = (kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)
+                                                 if f.name in settings})  # not there: younger than the file
                                        for kind in (DataConfig, UNetConfig, DiffusionConfig, TextConfig))
         network = UNet3D(unet)
         network.load_state_dict(content["ema"])
@@ -112,9 +113,14 @@ def text_guided(model: Model, s: SampleConfig) -> Denoiser:
     """The model's denoiser for --text, with classifier-free guidance of weight --w; c = 0 without a text."""
     if not s.text:
         return denoiser(model.network, model.diffusion)
-    cond = embed([s.text] * s.num, model.text).to(model.device)
+    cond = embed(captions(s), model.text).to(model.device)
     return classifier_free(denoiser(model.network, model.diffusion, cond),
                            denoiser(model.network, model.diffusion), s.w)
+
+
+def captions(s: SampleConfig) -> list[str]:
+    """One caption for each of --num clips: those of --text in turn."""
+    return (s.text.split("|") * s.num)[:s.num]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ import copy
 import os
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -249,3 +251,34 @@ def test_averaged_weights_fit_the_plain_network():
     model = nn.Sequential(nn.Linear(2, 2))
     averaged = torch.optim.swa_utils.AveragedModel(nn.DataParallel(model))
     model.load_state_dict(checkpoint.plain_keys(averaged.state_dict()))
+
+
+# ---- a checkpoint to give away ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    content = {"settings": {"dim": 8, "out": "/home/me/runs/x", "resume": "/home/me/runs/x"}, "step": 7,
+               "model": {"w": torch.zeros(3)}, "ema": {"w": torch.tensor([1.0, 2.5, -3.0])}, "optimizer": {}}
+    checkpoint.save(tmp_path / "checkpoint_00000007.pt", content)
+    return tmp_path
+
+
+def test_what_is_published_is_the_averaged_weights_in_bf16_and_no_path(run_folder, tmp_path):
+    checkpoint.publish(run_folder, tmp_path / "small.pt")
+    content = checkpoint.load(tmp_path / "small.pt")
+    assert set(content) == {"settings", "step", "ema"} and content["step"] == 7
+    assert content["ema"]["w"].dtype == torch.bfloat16 and content["ema"]["w"].tolist() == [1.0, 2.5, -3.0]
+    assert content["settings"] == {"dim": 8, "out": "", "resume": ""}
+
+
+def test_publishing_is_a_command_and_a_folder_without_a_run_one_sentence(run_folder, tmp_path):
+    def publish(run, out):
+        script = str(Path(checkpoint.__file__))
+        return subprocess.run([sys.executable, script, run, out], capture_output=True, text=True)
+    assert publish(str(run_folder), str(tmp_path / "out.pt")).returncode == 0
+    assert checkpoint.load(tmp_path / "out.pt")["step"] == 7
+    (tmp_path / "empty").mkdir()
+    failed = publish(str(tmp_path / "empty"), str(tmp_path / "other.pt"))
+    assert failed.returncode != 0 and len(failed.stderr.splitlines()) == 1
+    assert "there is no checkpoint" in failed.stderr and not (tmp_path / "other.pt").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 import config
 import cost
 import train
@@ -96,6 +97,14 @@ def test_its_table_of_presets_is_what_dry_run_counts(row):
 
 def test_all_presets_are_in_its_table():
     assert [row[0].strip("`") for row in PRESETS] == list(config.PRESETS)
+
+
+def test_the_weights_are_those_that_their_readme_names():
+    named = dict(re.findall(r"`(\w+\.pt)`: ([0-9a-f]{64})", (HERE / "pretrained" / "README.md").read_text()))
+    assert set(named) == {path.name for path in (HERE / "pretrained").glob("*.pt")}
+    for name, sha256 in named.items():
+        path = HERE / "pretrained" / name
+        assert checkpoint.checksum(checkpoint.load(path)) == sha256 and path.stat().st_size < 16 * 2**20
 
 
 def test_it_is_short_and_its_links_are_there():

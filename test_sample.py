@@ -490,6 +490,27 @@ def test_the_network_is_called_as_often_as_the_progress_bar_says(flags: dict, ca
     assert oracle.calls == bar.count == bar.total == calls
 
 
+def test_several_captions_take_turns() -> None:
+    assert sample.captions(SampleConfig(text="a 3|a 7", num=5)) == ["a 3", "a 7", "a 3", "a 7", "a 3"]
+    assert sample.captions(SampleConfig(text="a 3", num=2)) == ["a 3", "a 3"]
+    assert sample.captions(SampleConfig(text="a 3|a 7|a 9", num=2)) == ["a 3", "a 7"]
+
+
+def test_a_clip_is_drawn_from_its_own_caption(tiny: Path) -> None:
+    model, _ = load_model(checkpoint.newest(tiny), CPU.device)
+    both, first = (fill(model, s, sample.generate(model, s)) for s in
+                   (SampleConfig(text="a 3 moving up|a 7 moving down", num=2, steps=2),
+                    SampleConfig(text="a 3 moving up", num=2, steps=2)))
+    assert torch.allclose(both[0], first[0], atol=1e-5) and not torch.allclose(both[1], first[1], atol=1e-3)
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_has_its_default(tiny: Path, tmp_path: Path) -> None:
+    content = checkpoint.load(checkpoint.newest(tiny))
+    del content["settings"]["relative_positions"]
+    checkpoint.save(tmp_path / "older.pt", content)
+    assert load_model(tmp_path / "older.pt", CPU.device)[0].network.config.relative_positions is True
+
+
 def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
     model, _ = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
@@ -542,15 +563,15 @@ def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[[str
 
 
 def test_without_a_checkpoint_flag_the_newest_run_is_taken(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
-    names = ["pretrained/shipped.pt", "runs/z/checkpoint_00000009.pt", "runs/a/checkpoint_00000001.pt",
+    names = ["pretrained/moving_mnist_64.pt", "runs/z/checkpoint_00000009.pt", "runs/a/checkpoint_00000001.pt",
              "runs/a/checkpoint_00000002.pt", "runs/b/config.json", "runs/b/.checkpoint_00000003.pt.1.tmp"]
     assert str(lookup(monkeypatch, tmp_path, *names)("")) == "runs/a/checkpoint_00000002.pt"
 
 
 def test_without_runs_the_weights_that_come_with_the_project_are_taken(monkeypatch: MonkeyPatch,
                                                                        tmp_path: Path) -> None:
-    find = lookup(monkeypatch, tmp_path, "pretrained/shipped.pt", "runs/started/config.json")
-    assert str(find("")) == "pretrained/shipped.pt"
+    find = lookup(monkeypatch, tmp_path, "pretrained/moving_mnist_64.pt", "runs/started/config.json")
+    assert str(find("")) == "pretrained/moving_mnist_64.pt"
 
 
 def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
@@ -560,7 +581,7 @@ def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, 
 
 def test_a_run_folder_or_a_file_can_be_named(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     find = lookup(monkeypatch, tmp_path, "a run/checkpoint_00000001.pt", "a run/checkpoint_00000002.pt",
-                  "pretrained/shipped.pt", "runs/newer/checkpoint_00000001.pt")
+                  "pretrained/moving_mnist_64.pt", "runs/newer/checkpoint_00000001.pt")
     assert str(find("a run")) == "a run/checkpoint_00000002.pt"
     assert str(find("a run/checkpoint_00000001.pt")) == "a run/checkpoint_00000001.pt"
 

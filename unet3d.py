@@ -30,6 +30,7 @@ class UNetConfig:
     emb_layers: int = 4  # [1, 8] layers of the MLP that makes it
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
     dropout: float = 0.0  # [0, 1) dropout in the residual blocks
+    relative_positions: bool = True  # Shaw's tables in temporal attention; without them it knows no order
     patch: int = 1  # [1, 16] space-to-depth factor at the entry; 1 is the paper
     scale_shift: bool = False  # let the embedding scale and shift the norm instead of being added
     checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
@@ -107,8 +108,8 @@ class TemporalMix(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.reach = config.frames - 1  # no clipping inside the training length; further away it clips
-        self.key_table = nn.Parameter(0.02 * torch.randn(2 * self.reach + 1, config.head_dim))
-        self.value_table = nn.Parameter(0.02 * torch.randn(2 * self.reach + 1, config.head_dim))
+        tables = 0.02 * torch.randn(2, 2 * self.reach + 1, config.head_dim) * config.relative_positions
+        self.key_table, self.value_table = (nn.Parameter(table, config.relative_positions) for table in tables)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         f, heads = mask.shape[0], q.shape[2]

@@ -1,0 +1,161 @@
+"""evaluate.py: every experiment runs and writes its table; what it judges itself is checked on known clips."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate
+import metrics
+from data import DIRECTIONS, DataConfig, moving_mnist
+from evaluate import EvaluateConfig, closest, heading, table
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return evaluate.build(EvaluateConfig(clips=6, reference=8, batch_size=4, calls=2, seeds=1, device="cpu"))
+
+
+def quick(experiment: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(HERE / "evaluate.py"), "--experiment", experiment, "--quick",
+               "--out", str(out), "--device", "cpu", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("experiment", ["samplers", "guidance", "extend", "predict", "super_resolve", "joint",
+                                        "positions"])
+def test_every_experiment_runs_quickly_and_writes_its_table(experiment, tmp_path):
+    done = quick(experiment, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / f"{experiment}.md").read_text()
+    numbers = json.loads((tmp_path / f"{experiment}.json").read_text())
+    assert page in done.stdout and evaluate.PAPER[experiment] in page
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
+    assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
+    assert "--quick" in numbers["command"] and len(numbers["features"]) == len(numbers["checkpoint"]) == 64
+    if experiment != "predict":
+        assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
+
+
+def test_chance_keeps_the_frames_and_loses_the_video(lab):
+    lab.c.clips = 32
+    floor, chance = (arm(0) for arm in lab.bounds().values())
+    lab.c.clips = 6
+    assert chance["frechet_frame"] == pytest.approx(floor["frechet_frame"], rel=1e-3)
+    assert chance["identity_kept"] < 0.5 < 0.9 < floor["identity_kept"]
+    assert chance["trajectory_residual"] > 4 * floor["trajectory_residual"]
+
+
+def test_clips_are_drawn_in_batches_each_with_its_caption(lab, monkeypatch):
+    seen = []
+
+    def fill(model, s, given):
+        seen.append((s.num, s.text.split("|"), given.x.shape[0]))
+        return given.x
+    monkeypatch.setattr(evaluate.sample, "fill", fill)
+    assert lab.draw(0, texts=list("abcdef")).shape[0] == 6
+    assert seen == [(4, list("abcd"), 4), (2, list("ef"), 2)]
+
+
+def test_batches_and_seeds_have_noise_of_their_own(lab, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(evaluate.sample, "fill", lambda model, s, given: seeds.append(s.seed) or given.x)
+    lab.draw(0), lab.draw(1)
+    assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_what_is_drawn_knows_the_true_first_frames(lab, monkeypatch):
+    monkeypatch.setattr(evaluate.sample, "fill", lambda model, s, given: given.x * given.known[:, None, None])
+    x = lab.real(0)[0]
+    drawn = lab.draw(0, evaluate.first(lab, x, 5))
+    assert torch.equal(drawn[:, :, :5], x[:, :, :5]) and not drawn[:, :, 5:].any()
+
+
+def test_equation_8_is_given_the_small_clip_and_bicubic_beats_nothing(lab, monkeypatch):
+    x = lab.real(0)[0]
+    monkeypatch.setattr(evaluate.sample, "fill", lambda model, s, given: given.low.repeat_interleave(2, 3)
+                        .repeat_interleave(2, 4))
+    blocky = evaluate.equation_8(2, 1.0, lab, x, 0)
+    assert torch.allclose(evaluate.smaller(blocky, 2), evaluate.smaller(x, 2), atol=1e-6)
+    assert metrics.psnr(x, evaluate.bicubic(2, lab, x, 0)) > metrics.psnr(x, blocky)
+    assert evaluate.bicubic(4, lab, x, 0).shape == x.shape
+
+
+def test_closest_takes_the_nearest_sample_of_each_clip():
+    x = torch.randn(3, 1, 4, 8, 8)
+    drawn = torch.randn(5, 3, 1, 4, 8, 8)
+    drawn[4, 0], drawn[2, 1], drawn[0, 2] = x[0] + 0.01, x[1], x[2] - 0.01
+    assert torch.equal(closest(x, drawn), torch.stack([drawn[4, 0], drawn[2, 1], drawn[0, 2]]))
+
+
+def test_real_clips_go_where_their_captions_say_and_reversed_ones_do_not():
+    _, captions, truth = moving_mnist(DataConfig(size=32, digits=1), 400, 0)
+    places = truth["positions"].float().transpose(1, 2)
+    assert heading(places, captions) > 0.7  # some bounce at once
+    backwards = 2 * places[:, :1] - places
+    assert heading(backwards, captions) < 0.1
+    other = [captions[i].rsplit(" moving ")[0] + " moving " + DIRECTIONS[i % 8] for i in range(400)]
+    assert heading(places, other) == pytest.approx(0.25, abs=0.07)
+
+
+def test_the_table_has_means_and_deviations_and_leaves_gaps():
+    text, raw = table({"a": lambda seed: {"x": 1.0 + seed}, "b": lambda seed: {"y": 5.0}}, 3)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert rows[0] == ["", "x", "y"] and rows[2:] == [["a", "2 ± 1", ""], ["b", "", "5 ± 0"]]
+    assert raw["a"] == [{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]
+
+
+def test_image_frames_are_compared_at_equal_steps_and_at_equal_compute(lab):
+    lab.c.train_steps = 300
+    flags = {name: arm.args[1] for name, arm in evaluate.joint(lab).items() if "image" in name}
+    equal = {v["num_images"] for name, v in flags.items() if "300 steps" in name}
+    assert equal == {0, 4, 8}
+    compute = {v["steps"] * (16 + v["num_images"]) for name, v in flags.items() if "compute" in name}
+    assert compute == {300 * 24}
+
+
+def test_long_clips_are_measured_in_pieces_of_the_models_length(lab, monkeypatch):
+    monkeypatch.setattr(metrics, "measure", lambda x, *rest: {"clips": len(x), "frames": x.shape[2]})
+    assert lab.measure(torch.zeros(2, 1, 40, 32, 32)) == {"clips": 4, "frames": 16}
+
+
+def test_fvd_is_printed_when_and_only_when_its_network_is_given(lab, monkeypatch):
+    monkeypatch.setattr(metrics, "fvd", lambda real, fake, path: 7.0)
+    x = lab.real(0)[0]
+    assert "FVD" not in lab.measure(x)
+    lab.c.i3d = "i3d.pt"
+    assert lab.measure(x)["FVD"] == 7.0
+    lab.c.i3d = ""
+
+
+def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
+    features = SimpleNamespace(settings={"size": 64, "digits": 2})
+    monkeypatch.setattr(metrics, "load_features", lambda path: features)
+    with pytest.raises(ValueError, match="trained on 2 digits at 64 px"):
+        evaluate.build(EvaluateConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("flags, sentence", [(["--checkpoint", "nothing.pt"], "nothing.pt"),
+                                             (["--features", "nothing.pt"], "nothing.pt"),
+                                             (["--experiment", "dreams"], "--experiment"),
+                                             (["--clips", "1"], "--clips")])
+def test_bad_input_is_one_sentence(flags, sentence, tmp_path):
+    done = quick("samplers", tmp_path, *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and sentence in done.stderr
+
+
+def test_a_trained_small_model_is_found_again(lab, tmp_path, monkeypatch):
+    lab.c.out = str(tmp_path)
+    folder = tmp_path / "runs" / "steps_2-seed_0"
+    folder.mkdir(parents=True)
+    shutil.copy(HERE / "pretrained" / "moving_mnist_32.pt", folder / "checkpoint_00000002.pt")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert "frechet_clip" in evaluate.small_model(lab, {"steps": 2}, 16, 0)
