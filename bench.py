@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,8 +148,8 @@ def ceiling(machine: Machine) -> dict[str, tuple[Callable[[], Tensor], int]]:
 
 def peak_memory(entrant: Entrant, frames: int, size: int, c: BenchConfig) -> float:
     """GiB that two training steps need, in a process of their own: on a CPU, what it grew by, or nan."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (entrant, frames, size, c))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # raises if it was killed
+        return pool.submit(_peak_memory, entrant, frames, size, c).result()
 
 
 def _peak_memory(entrant: Entrant, frames: int, size: int, c: BenchConfig) -> float:
@@ -271,10 +272,9 @@ def samplers(trainer: Trainer, size: int, machine: Machine) -> dict[str, Callabl
 
 def _table(title: str, timed: dict[str, list[float]]) -> None:
     """Prints seconds of each and, round by round, its ratio to the first."""
-    first = next(iter(timed.values()))
     print(f"| {title} | ms | over the first row |\n|---|---|---|")
     for name, seconds in timed.items():
-        ratios = [one / base for one, base in zip(seconds, first)]
+        ratios = [one / base for one, base in zip(seconds, next(iter(timed.values())))]
         print(f"| {name} | {shown([1000 * s for s in seconds])} | {shown(ratios)} |")
     print(flush=True)
 
@@ -305,7 +305,7 @@ def _exponent(xs: tuple[int, ...], ys: list[float]) -> float:
 
 
 KINDS = {"convolution": "conv", "attention over space": "attention", "norm": "norm",
-         "matrix products": "mm|linear", "softmax": "softmax", "copies and casts": "copy|_to|cat|clone",
+         "matrix products": "mm|linear", "softmax": "softmax", "copies and casts": "copy|_to|::cat|clone",
          "optimizer and EMA": "adam|lerp|foreach"}
 
 

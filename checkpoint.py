@@ -56,7 +56,7 @@ def publish(run: str | Path, out: str | Path) -> None:
     Raises ValueError if run holds no checkpoint.
     """
     content = load(newest(Path(run)))
-    settings = content["settings"] | {"out": "", "resume": ""}  # nobody else's business
+    settings = content["settings"] | {"out": "", "resume": "", "data_dir": ""}  # private paths
     save(out, {"settings": settings, "step": content["step"],
                "ema": {key: value.bfloat16() for key, value in content["ema"].items()}})
 

@@ -314,7 +314,7 @@ def _bounce(lines: Tensor, last: int, low: float, high: float) -> Tensor:
 
 def seam(positions: Tensor, classes: Tensor, starts: Iterable[int]) -> dict[str, float]:
     """Linked digits where a block starts (at frames `starts`) and inside: the step in pixels from t-1 to
-    t, the change of |velocity|, mean of both axes, from t-2..t-1 to t..t+1, so that no bounce and not that
+    t, the change of |velocity|, mean of both axes, from t-2..t-1 to t..t+1, so that no turn and not that
     step counts, and the share of digits whose class changes from t-1 to t. Inside: no start in t-1..t+1."""
     step, t = positions.diff(dim=1), torch.arange(2, positions.shape[1] - 1)
     away = (t[:, None] - torch.tensor(list(starts))).abs()
@@ -383,7 +383,7 @@ def accuracy(features: Features, cfg: FeatureConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    """Trains the networks that measure, as in python metrics.py --size 32 --out pretrained/features_32.pt."""
+    """Trains the networks that measure, as python metrics.py --steps 2500 --out features_32.pt did."""
     cfg, = config.parse(FeatureConfig)
     nets = train(cfg)
     result = accuracy(Features(*nets, asdict(cfg), ""), cfg)

@@ -258,7 +258,7 @@ def test_averaged_weights_fit_the_plain_network():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    content = {"settings": {"dim": 8, "out": "/home/me/runs/x", "resume": "/home/me/runs/x"}, "step": 7,
+    content = {"settings": {"dim": 8, "out": "/home/me/runs/x", "resume": "/home/me/runs/x", "data_dir": "/home/me"}, "step": 7,
                "model": {"w": torch.zeros(3)}, "ema": {"w": torch.tensor([1.0, 2.5, -3.0])}, "optimizer": {}}
     checkpoint.save(tmp_path / "checkpoint_00000007.pt", content)
     return tmp_path
@@ -269,7 +269,7 @@ def test_what_is_published_is_the_averaged_weights_in_bf16_and_no_path(run_folde
     content = checkpoint.load(tmp_path / "small.pt")
     assert set(content) == {"settings", "step", "ema"} and content["step"] == 7
     assert content["ema"]["w"].dtype == torch.bfloat16 and content["ema"]["w"].tolist() == [1.0, 2.5, -3.0]
-    assert content["settings"] == {"dim": 8, "out": "", "resume": ""}
+    assert content["settings"] == {"dim": 8, "out": "", "resume": "", "data_dir": ""}
 
 
 def test_publishing_is_a_command_and_a_folder_without_a_run_one_sentence(run_folder, tmp_path):

@@ -1,4 +1,6 @@
-"""evaluate.py: every experiment runs and writes its table; what it judges itself is checked on known clips."""
+"""evaluate.py: every experiment runs and writes its table; what it judges is checked on known clips."""
+import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -34,9 +36,9 @@ def quick(experiment: str, out: Path, *flags: str) -> subprocess.CompletedProces
 def test_every_experiment_runs_quickly_and_writes_its_table(experiment, tmp_path):
     done = quick(experiment, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    page = (tmp_path / f"{experiment}.md").read_text()
-    numbers = json.loads((tmp_path / f"{experiment}.json").read_text())
-    assert page in done.stdout and evaluate.PAPER[experiment] in page
+    page = (tmp_path / "quick" / f"{experiment}.md").read_text()
+    numbers = json.loads((tmp_path / "quick" / f"{experiment}.json").read_text())
+    assert page in done.stdout and inspect.getdoc(getattr(evaluate, experiment)) in page
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
     assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
@@ -49,8 +51,8 @@ def test_chance_keeps_the_frames_and_loses_the_video(lab):
     lab.c.clips = 32
     floor, chance = (arm(0) for arm in lab.bounds().values())
     lab.c.clips = 6
-    assert chance["frechet_frame"] == pytest.approx(floor["frechet_frame"], rel=1e-3)
-    assert chance["identity_kept"] < 0.5 < 0.9 < floor["identity_kept"]
+    assert chance["frechet_frame"] < 2 * floor["frechet_frame"] < chance["frechet_clip"]
+    assert chance["identity_kept"] < 0.3 < 0.9 < floor["identity_kept"]
     assert chance["trajectory_residual"] > 4 * floor["trajectory_residual"]
 
 
@@ -143,6 +145,35 @@ def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
         evaluate.build(EvaluateConfig(device="cpu"))
 
 
+@pytest.mark.parametrize("experiment, data, text, sentence", [
+    ("samplers", {"dataset": "video_folder"}, {}, "measures moving_mnist alone"),
+    ("guidance", {"dataset": "stochastic_moving_mnist"}, {}, "measures moving_mnist alone"),
+    ("guidance", {}, {"cond_dim": 0}, "trained without captions")])
+def test_a_model_that_cannot_be_judged_is_refused(experiment, data, text, sentence, lab, monkeypatch):
+    model = dataclasses.replace(lab.model, data=dataclasses.replace(lab.model.data, **data),
+                                text=dataclasses.replace(lab.model.text, **text))
+    monkeypatch.setattr(evaluate.sample, "load_model", lambda path, device: (model, {}))
+    with pytest.raises(ValueError, match=sentence):
+        evaluate.build(EvaluateConfig(experiment=experiment, device="cpu"))
+
+
+def test_a_nan_is_shown_and_loses_nothing():
+    text, _ = table({"a": lambda seed: {"x": math.nan}}, 2)
+    assert "nan ± nan" in text
+
+
+@pytest.mark.parametrize("frames, seams", [(64, [16, 24, 32, 40, 48, 56]), (60, [16, 24, 32, 40, 48, 56])])
+def test_seams_are_where_drawn_frames_follow_given_ones(frames, seams, lab, monkeypatch):
+    found = []
+    monkeypatch.setattr(metrics, "seam", lambda places, classes, starts: found.append(list(starts)) or {})
+    monkeypatch.setattr(metrics, "measure", lambda *args: {})
+    nothing = torch.zeros(1, 2, 1).long(), torch.ones(1, 2, 1, 2)
+    monkeypatch.setattr(metrics, "observe", lambda *args: nothing)
+    monkeypatch.setattr(lab.c, "frames", frames)
+    next(iter(evaluate.extend(lab).values()))(0)
+    assert found == [seams]
+
+
 @pytest.mark.parametrize("flags, sentence", [(["--checkpoint", "nothing.pt"], "nothing.pt"),
                                              (["--features", "nothing.pt"], "nothing.pt"),
                                              (["--experiment", "dreams"], "--experiment"),
@@ -154,7 +185,7 @@ def test_bad_input_is_one_sentence(flags, sentence, tmp_path):
 
 def test_a_trained_small_model_is_found_again(lab, tmp_path, monkeypatch):
     lab.c.out = str(tmp_path)
-    folder = tmp_path / "runs" / "steps_2-seed_0"
+    folder = tmp_path / "runs" / "steps_2-size_32-digits_1-seed_0"
     folder.mkdir(parents=True)
     shutil.copy(HERE / "pretrained" / "moving_mnist_32.pt", folder / "checkpoint_00000002.pt")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))
