@@ -35,7 +35,7 @@ from diffusion import DiffusionConfig, denoiser, loss, schedule
 from guidance import reconstruction_guided
 from machine import Machine, start
 from sampling import ddim, dpm_solver, sample
-from train import ema_update
+from state import ema_update
 from unet3d import UNet3D, UNetConfig
 
 

@@ -14,8 +14,8 @@ import config
 from data import DataConfig
 from diffusion import DiffusionConfig
 from sample import SampleConfig
+from state import TrainConfig
 from text import TextConfig
-from train import TrainConfig
 from unet3d import UNetConfig
 
 TRAIN = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)

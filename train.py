@@ -1,7 +1,7 @@
 """Training (section 2, and 4.3.1's joint video-image batches): python train.py --dataset moving_mnist.
 
-Everything random in micro-batch i, data, times, noise and dropout, depends on (--seed, i) alone. So a resumed
-run is the uninterrupted one, and N processes with torchrun are one process with N times the --accumulate.
+Everything random in micro-batch i, data, times, noise and dropout, depends on (--seed, i) alone. So N processes
+with torchrun are one process with N times the --accumulate, and a resumed run is the uninterrupted one.
 """
 import contextlib
 import dataclasses
@@ -11,120 +11,23 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import checkpoint
 import config
 import cost
 import record
-from data import DataConfig, batches, save_video
-from diffusion import DiffusionConfig, denoiser, loss, noise_like, schedule
-from machine import Machine, find_device, start, stop_signals
+from data import batches, save_video
+from diffusion import denoiser, loss, noise_like, schedule
+from machine import Machine, start, stop_signals
 from sampling import dpm_solver
+from state import Settings, State, TrainConfig, build, save, settings
 from text import TextConfig, embed
-from unet3d import UNet3D, UNetConfig
-
-
-@dataclass
-class TrainConfig:
-    """How to train."""
-    preset: str = ""  # cpu, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128; by hardware
-    steps: int = 20_000  # [1, 100000000] optimizer steps
-    batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
-    accumulate: int = 1  # [1, 65536] micro-batches in an optimizer step, on each process
-    lr: float = 1e-3  # (0, 1] learning rate of Adam after warm-up
-    beta2: float = 0.99  # (0, 1) Adam's second decay rate; the first is 0.9
-    weight_decay: float = 0.0  # [0, 1] decoupled weight decay
-    warmup: int = 150  # [0, 1000000] optimizer steps from learning rate 0 to --lr
-    decay: Literal["constant", "cosine"] = "cosine"  # learning rate after warm-up; the paper's is constant
-    clip: float = 1.0  # (0, 1000000] largest norm of the gradient
-    ema: float = 0.999  # [0, 1) decay of the averaged weights that are sampled from
-    cond_dropout: float = 0.1  # [0, 1] chance to drop a caption, for classifier-free guidance
-    seed: int = 0  # [0, 2147483647] of weights, data and noise
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
-    threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
-    compile: bool = False  # torch.compile the network: minutes of waiting, then faster, on a GPU
-    out: str = ""  # folder of the run; by default runs/<dataset>-<date>
-    resume: str = ""  # folder of a run to go on with; its settings hold unless given again
-    save_every: int = 1000  # [1, 100000000] steps between checkpoints
-    preview_every: int = 1000  # [1, 100000000] steps between sample sheets; one more after 100
-    log_every: int = 50  # [1, 100000000] steps between lines of metrics.jsonl
-    dry_run: bool = False  # print parameters, FLOPs and bytes of the model without building it, and stop
-
-
-@dataclass
-class Settings:
-    """All settings of a run; stored in its checkpoints as one flat dictionary, which sample.py reads back."""
-    data: DataConfig
-    unet: UNetConfig
-    diffusion: DiffusionConfig
-    text: TextConfig
-    train: TrainConfig
-
-    def flat(self) -> dict[str, Any]:
-        """All fields of all parts in one dictionary; a name that parts share has one value."""
-        return {name: value for part in vars(self).values() for name, value in vars(part).items()}
-
-
-@dataclass
-class State:
-    """All that training changes, and so all that a checkpoint holds besides the settings."""
-    model: nn.Module
-    ema: AveragedModel
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-
-def settings(argv: list[str] | None = None) -> Settings:
-    """The settings: flags given by hand, else the resumed run's, else the preset's for the hardware."""
-    def defaults(given: dict[str, Any]) -> dict[str, Any]:
-        if not given.get("resume"):
-            return {"preset": find_device(given.get("device", "auto")).type}  # cpu or cuda
-        if "preset" in given:
-            raise ValueError("--preset chooses what a new run starts from; it cannot be given with --resume")
-        path = checkpoint.newest(Path(given["resume"]))
-        content = checkpoint.load(path)
-        if not isinstance(content, dict) or not {"settings", "optimizer", "step"} <= set(content):
-            raise ValueError(f"{path} holds no run that can be resumed")
-        return content["settings"] | {"out": given["resume"]}
-    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
-    return Settings(*config.parse(*parts, argv=argv, defaults=defaults))
-
-
-def build(s: Settings, device: torch.device) -> State:
-    """Network, averaged network and Adam, at step 0 or where --resume left them."""
-    torch.manual_seed(s.train.seed)
-    model = UNet3D(s.unet).to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
-                                  weight_decay=s.train.weight_decay, fused=True)
-    state = State(model, ema, optimizer)
-    if s.train.resume:
-        path = checkpoint.newest(Path(s.train.resume))
-        try:
-            restore(state, checkpoint.load(path))
-        except RuntimeError:
-            raise ValueError(f"{path} holds another network; resume without flags that change it") from None
-    return state
-
-
-def ema_update(decay: float) -> Callable:
-    """The update rule of the averaged weights: decay, less in the first few thousand steps."""
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        now = min(decay, (1 + float(count)) / (10 + float(count)))
-        torch._foreach_lerp_(averaged, current, 1 - now)
-    return update
 
 
 def lr_factor(train: TrainConfig) -> Callable[[int], float]:
@@ -135,27 +38,6 @@ def lr_factor(train: TrainConfig) -> Callable[[int], float]:
             return warm
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
     return factor
-
-
-def save(state: State, s: Settings) -> None:
-    """Writes checkpoint_<step>.pt into the run's folder and keeps the newest two."""
-    folder = Path(s.train.out)
-    checkpoint.save(folder / f"checkpoint_{state.step:08d}.pt", {
-        "settings": s.flat(), "step": state.step,
-        "model": state.model.state_dict(), "ema": checkpoint.plain_keys(state.ema.state_dict()),
-        "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict()})
-    for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
-        old.unlink()
-
-
-def restore(state: State, content: dict[str, Any]) -> None:
-    """Puts a checkpoint's content into state. There is no random state in it: see the head of this file."""
-    state.model.load_state_dict(content["model"])
-    state.ema.module.load_state_dict(content["ema"])
-    state.ema.n_averaged.copy_(content["ema_count"])
-    groups = state.optimizer.state_dict()["param_groups"]  # as the flags say now
-    state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
-    state.step = content["step"]
 
 
 def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, machine: Machine) -> Tensor:
