@@ -1,5 +1,6 @@
 """Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
 import argparse
+import contextlib
 import hashlib
 import os
 import warnings
@@ -11,28 +12,55 @@ import torch
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
-    """Saves content (tensors, numbers, strings in dicts, lists, tuples) and a checksum to path atomically."""
+    """Saves content (tensors, numbers, strings in dicts, lists, tuples) and a checksum to path atomically.
+
+    Raises OSError with one sentence if that fails, on a full disk say; what was at path is then intact.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save({"content": content, "sha256": checksum(content)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save hides what the disk said behind a RuntimeError
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older checkpoints are intact") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)  # the new name is on the disk only when the folder is
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def load(path: str | Path) -> dict[str, Any]:
-    """The content that save() wrote, on the CPU; raises ValueError with one sentence if that is not there."""
+    """The content that save() wrote, on the CPU. No code in it is run.
+
+    Raises ValueError with one sentence if it is not there or damaged, which offers an older one that is not.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
+        return _read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{_offer(path)}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are none
             stored = torch.load(path, map_location="cpu", weights_only=True)
-        content, expected = stored["content"], stored["sha256"]
+        content, expected = stored["content"] | {}, stored["sha256"]  # a dict, or else an error
     except OSError:
         raise
     except Exception:  # damaged files make torch.load raise nearly anything
@@ -40,6 +68,32 @@ def load(path: str | Path) -> dict[str, Any]:
     if checksum(content) != expected:
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
     return content
+
+
+def _offer(path: Path) -> str:
+    for older in sorted(path.parent.glob("checkpoint_*.pt"), reverse=True):
+        with contextlib.suppress(ValueError, OSError):
+            if older.name < path.name and _read(older):
+                return f"; {older.name} beside it is intact, and the newest once the damaged file is deleted"
+    return ""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps folder for this process alone. Raises ValueError if another process has it.
+
+    The system takes the lock back when the process ends, however it ends, so none is ever left behind.
+    """
+    import fcntl  # not on Windows, where training is not supported
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another training process: give another --out") from None
+    finally:
+        os.close(handle)
 
 
 def newest(*folders: Path) -> Path:

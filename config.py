@@ -6,9 +6,12 @@ enforces it. The presets carry the hyperparameters of the paper's appendix, and 
 import argparse
 import dataclasses
 import inspect
+import io
 import math
 import os
 import re
+import reprlib
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -59,16 +62,41 @@ def fail(sentence: str) -> NoReturn:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program; ValueError and OSError carry a sentence for the user, all else is a bug and shown."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path must not fail on a terminal that cannot show it
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever read our output, such as head, has enough: end as quietly as others do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        named = isinstance(error, OSError) and error.filename
+        fail(f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split()))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, by name: this file does without torch
-            raise
-        fail("the GPU is out of memory: lower --batch_size (and raise --accumulate), or use --checkpointing")
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise  # PyTorch's are known by name: this file does without torch
+        fail("out of memory: in training lower --batch_size (and raise --accumulate) or use --checkpointing, "
+             "in sampling lower --num")
+
+
+def check(values: dict[str, Any], *configs: type) -> None:
+    """Raises ValueError if a value, out of a checkpoint say, is not one that its flag would take."""
+    for field, comment in (pair for config in configs for pair in _commented_fields(config)):
+        value = values.get(field.name, field.default)
+        plain = {bool: (bool,), str: (str,)}.get(field.type)
+        try:
+            fits = (isinstance(value, plain) if plain else
+                    value in typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else
+                    _converter(field.type, comment)(_shown(value)) == value)
+        except argparse.ArgumentTypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"its setting {field.name} is {reprlib.repr(value)}, which --{field.name} "
+                             "does not allow")
 
 
 def parse(*configs: type, argv: list[str] | None = None,

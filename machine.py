@@ -1,5 +1,6 @@
 """Where a process runs: device and precision, its place among torchrun's processes, the signals it gets."""
 import os
+import re
 import signal
 from dataclasses import dataclass
 
@@ -41,6 +42,10 @@ class Machine:
         if self.world > 1:
             dist.all_reduce(here)
         return here.item() / self.world
+
+    def lost(self, error: RuntimeError) -> bool:
+        """Whether the error says that another process has ended; gloo and NCCL have no type for it."""
+        return self.world > 1 and re.search("[Cc]onnection|[Tt]imed? ?out|peer|remote", str(error)) is not None
 
     def __str__(self) -> str:
         cuda = self.device.type == "cuda"

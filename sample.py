@@ -97,13 +97,15 @@ def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]
     content = checkpoint.load(path)
     try:
         settings = content["settings"]
+        config.check(settings, DataConfig, UNetConfig, DiffusionConfig, TextConfig)
         data, unet, diffusion, text = (kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)
                                                  if f.name in settings})  # not there: younger than the file
                                        for kind in (DataConfig, UNetConfig, DiffusionConfig, TextConfig))
         network = UNet3D(unet)
         network.load_state_dict(content["ema"])
-    except (KeyError, TypeError, RuntimeError):
-        raise ValueError(f"{path} holds no model that this version can build") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = f": {error}" if isinstance(error, ValueError) else ""
+        raise ValueError(f"{path} holds no model that this version can build{reason}") from None
     network = network.to(device, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
     return Model(network, data, diffusion, text, device), settings

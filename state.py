@@ -4,7 +4,7 @@ There is no random state to save. Everything random in micro-batch i, data, time
 (--seed, i) alone, so that step and weights are all a resumed run needs to be the uninterrupted one.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class TrainConfig:
     out: str = ""  # folder of the run; by default runs/<dataset>-<date>
     resume: str = ""  # folder of a run to go on with; its settings hold unless given again
     save_every: int = 1000  # [1, 100000000] steps between checkpoints
+    keep: int = 2  # [1, 1000] newest checkpoints that are kept
     preview_every: int = 1000  # [1, 100000000] steps between sample sheets; one more after 100
     log_every: int = 50  # [1, 100000000] steps between lines of metrics.jsonl
     dry_run: bool = False  # print parameters, FLOPs and bytes of the model without building it, and stop
@@ -57,10 +58,18 @@ class Settings:
     diffusion: DiffusionConfig
     text: TextConfig
     train: TrainConfig
+    resumed: dict[str, Any] = field(default_factory=dict)  # flat settings of the run resumed, if one is
 
     def flat(self) -> dict[str, Any]:
         """All fields of all parts in one dictionary; a name that parts share has one value."""
-        return {name: value for part in vars(self).values() for name, value in vars(part).items()}
+        parts = (self.data, self.unet, self.diffusion, self.text, self.train)
+        return {name: value for part in parts for name, value in vars(part).items()}
+
+    def changes(self) -> str:
+        """The flags that differ from the resumed run's, each with both values; "" if none does."""
+        names = [name for name in self.resumed if name not in ("out", "resume")]
+        return ", ".join(f"--{name} {now} (was {self.resumed[name]})" for name in names
+                         if (now := self.flat().get(name)) != self.resumed[name])
 
 
 @dataclass
@@ -74,6 +83,9 @@ class State:
 
 def settings(argv: list[str] | None = None) -> Settings:
     """The settings: flags given by hand, else the resumed run's, else the preset's for the hardware."""
+    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
+    resumed = {}
+
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         if not given.get("resume"):
             return {"preset": find_device(given.get("device", "auto")).type}  # cpu or cuda
@@ -81,11 +93,13 @@ def settings(argv: list[str] | None = None) -> Settings:
             raise ValueError("--preset chooses what a new run starts from; it cannot be given with --resume")
         path = checkpoint.newest(Path(given["resume"]))
         content = checkpoint.load(path)
-        if not isinstance(content, dict) or not {"settings", "optimizer", "step"} <= set(content):
+        if not isinstance(content.get("settings"), dict) or not {"optimizer", "step"} <= set(content):
             raise ValueError(f"{path} holds no run that can be resumed")
-        return content["settings"] | {"out": given["resume"]}
-    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
-    return Settings(*config.parse(*parts, argv=argv, defaults=defaults))
+        config.check(content["settings"], *parts)
+        resumed.update(content["settings"])
+        return resumed | {"out": given["resume"]}
+
+    return Settings(*config.parse(*parts, argv=argv, defaults=defaults), resumed)
 
 
 def build(s: Settings, device: torch.device) -> State:
@@ -100,8 +114,9 @@ def build(s: Settings, device: torch.device) -> State:
         path = checkpoint.newest(Path(s.train.resume))
         try:
             restore(state, checkpoint.load(path))
-        except RuntimeError:
-            raise ValueError(f"{path} holds another network; resume without flags that change it") from None
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"{path} holds another network: {s.changes() or 'no flag explains it'}; resume "
+                             "without flags that change it") from None
     return state
 
 
@@ -115,13 +130,13 @@ def ema_update(decay: float) -> Callable:
 
 
 def save(state: State, s: Settings) -> None:
-    """Writes checkpoint_<step>.pt into the run's folder and keeps the newest two."""
+    """Writes checkpoint_<step>.pt into the run's folder and keeps the newest --keep."""
     folder = Path(s.train.out)
     checkpoint.save(folder / f"checkpoint_{state.step:08d}.pt", {
         "settings": s.flat(), "step": state.step,
         "model": state.model.state_dict(), "ema": checkpoint.plain_keys(state.ema.state_dict()),
         "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict()})
-    for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
+    for old in sorted(folder.glob("checkpoint_*.pt"))[:-s.train.keep]:
         old.unlink()
 
 
@@ -132,4 +147,4 @@ def restore(state: State, content: dict[str, Any]) -> None:
     state.ema.n_averaged.copy_(content["ema_count"])
     groups = state.optimizer.state_dict()["param_groups"]  # as the flags say now
     state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
-    state.step = content["step"]
+    state.step = int(content["step"])

@@ -125,14 +125,14 @@ def test_the_file_is_complete_on_disk_before_it_takes_its_name(tmp_path, monkeyp
     monkeypatch.setattr("os.fsync", lambda file: (events.append("fsync"), fsync(file)))
     monkeypatch.setattr("os.replace", lambda a, b: (events.append(Path(b).exists()), replace(a, b)))
     checkpoint.save(tmp_path / "x.pt", CONTENT)
-    assert events == ["fsync", False] and os.listdir(tmp_path) == ["x.pt"]
+    assert events == ["fsync", False, "fsync"] and os.listdir(tmp_path) == ["x.pt"]  # the folder's comes last
 
 
 def test_a_file_that_is_being_written_is_not_taken_for_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda file: names.extend(tmp_path.glob("checkpoint_*.pt")))
-    names = []
+    monkeypatch.setattr("os.fsync", lambda file: seen.append(list(tmp_path.glob("checkpoint_*.pt"))))
+    seen = []
     checkpoint.save(tmp_path / "checkpoint_1.pt", CONTENT)
-    assert names == []
+    assert seen == [[], [tmp_path / "checkpoint_1.pt"]]  # at the sync of the file, and of the folder
 
 
 def test_saving_again_replaces_the_file(saved):

@@ -202,8 +202,8 @@ def test_a_model_of_single_frames_draws_them(tmp_path: Path) -> None:
 
 def test_a_really_trained_checkpoint_is_drawn_from(tmp_path: Path) -> None:
     s = train.settings([*TINY, "--out", str(tmp_path / "run")])
-    train.prepare(s, CPU)
-    train.fit(s, CPU)
+    with train.prepare(s, CPU):
+        train.fit(s, CPU)
     assert program(tmp_path / "run", "--out", tmp_path).video.shape == (2, 1, 4, 16, 16)
 
 

@@ -74,8 +74,8 @@ def program(monkeypatch: MonkeyPatch, flags: list) -> None:
 def fitted(flags: list, out: Path) -> dict:
     """The last checkpoint of a run with these flags."""
     s = train.settings([*map(str, flags), "--out", str(out)])
-    train.prepare(s, CPU)
-    train.fit(s, CPU)
+    with train.prepare(s, CPU):
+        train.fit(s, CPU)
     return checkpoint.load(checkpoint.newest(out))
 
 
@@ -134,8 +134,8 @@ def recorded(flags: list, folder: Path, stop_after: int = 0) -> Recorded:
         patch.setattr(train, "micro_batch_loss", spying_loss)
         try:
             s = train.settings([*map(str, flags)])
-            train.prepare(s, CPU)
-            train.fit(s, CPU)
+            with train.prepare(s, CPU):
+                train.fit(s, CPU)
         except SystemExit as stopped:
             assert stopped.code == 143 and stop_after, stopped.code
     return Recorded(folder, checkpoint.load(checkpoint.newest(folder)), weights, rates, fed)

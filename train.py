@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
 import config
 import cost
 import record
@@ -155,24 +156,40 @@ def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
     print(f"done: python sample.py --checkpoint {shlex.quote(s.train.out)}")
 
 
-def prepare(s: Settings, machine: Machine) -> None:
-    """Names and makes the run's folder and says on what it trains; refuses a folder with another run."""
+@contextlib.contextmanager
+def prepare(s: Settings, machine: Machine) -> Iterator[None]:
+    """Names, makes and locks the run's folder and says on what it trains.
+
+    Raises ValueError or OSError, before anything is written, for a folder with another run, one that another
+    process is using or that cannot be written to, and for unusable data.
+    """
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, resumed = Path(s.train.out), Path(s.train.resume)
     if s.data.split != "train":
         raise ValueError(f"--split {s.data.split} is never trained on: sample.py draws from it")
     next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
     if machine.rank > 0:
+        yield
         return
-    holds_run = (folder / "config.json").exists() or any(folder.glob("checkpoint_*.pt"))
-    if holds_run and not (s.train.resume and folder.samefile(resumed)):
-        raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(s.flat(), indent=1))
+    with checkpoint.locked(folder):
+        holds_run = (folder / "config.json").exists() or any(folder.glob("checkpoint_*.pt"))
+        if holds_run and not (s.train.resume and folder.samefile(resumed)):
+            raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another "
+                             "--out")
+        record.replace(folder / "config.json", json.dumps(s.flat(), indent=1))
+        announce(s, machine)
+        yield
+
+
+def announce(s: Settings, machine: Machine) -> None:
+    """Prints what is trained, on what, and what differs from the run that is resumed."""
     fits = s.train.preset == machine.device.type
     clips = s.train.batch_size * s.train.accumulate * machine.world
     reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
-    print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {folder}")
+    print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
+    if s.changes():
+        print(f"other settings than before: {s.changes()}")
 
 
 def main() -> None:
@@ -184,8 +201,13 @@ def main() -> None:
         return
     machine = start(s.train.device, s.train.precision, s.train.threads)
     try:
-        prepare(s, machine)
-        fit(s, machine)
+        with prepare(s, machine):
+            fit(s, machine)
+    except RuntimeError as error:
+        if not machine.lost(error):
+            raise
+        raise ValueError(f"process {machine.rank} of {machine.world} lost another one; start all of them again "
+                         f"with --resume {shlex.quote(s.train.out)}") from None
     finally:
         if machine.world > 1:
             dist.destroy_process_group()

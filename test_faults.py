@@ -1,0 +1,596 @@
+"""Faults done to real processes and files: what is lost, what is said, and how it goes on.
+
+python -m pytest test_faults.py --kills 50 --fuzz 60 kills a run fifty times and damages files for minutes.
+"""
+import ctypes
+import errno
+import gzip
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytest import CaptureFixture, MonkeyPatch
+
+import checkpoint
+import config
+import data
+import record
+import sample
+import train
+from data import DataConfig, load_video, save_video, video_folder
+from machine import Machine
+from test_train import CPU, HERE, TINY, fitted, learned, processes, program, same, stopped
+
+RANDOM = [*TINY, *"--dropout 0.2 --cond_dropout 0.5 --ema 0.3 --lr 0.01 --log_every 1 --preview_every 40".split()]
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with checkpoints 2 and 4; to be copied, not changed."""
+    fitted([*TINY, "--steps", 4, "--save_every", 2], folder := tmp_path_factory.mktemp("faults") / "run")
+    return folder
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(main: Callable, flags: list, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> str:
+    """The one sentence with which a program ends, its exit status 2 checked."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        config.run(main)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and line.startswith(f"{main.__module__}.py: error: "), line
+    return line
+
+
+# ---- killed ------------------------------------------------------------------------------------------------
+
+
+def life(flags: list[str]) -> None:
+    """A training process, forked from one that has imported everything already."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.argv = ["train.py", *map(str, flags)]
+    config.run(train.main)
+
+
+@pytest.fixture(scope="module")
+def spawn() -> Callable:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+
+    def start(flags: list) -> multiprocessing.Process:
+        process = context.Process(target=life, args=([*map(str, flags)],), daemon=True)
+        process.start()
+        return process
+    return start
+
+
+def wait(condition: Callable[[], object], process: multiprocessing.Process, seconds: float = 120) -> None:
+    give_up = time.time() + seconds
+    while not condition() and process.is_alive():
+        assert time.time() < give_up
+        time.sleep(0.002)
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(spawn: Callable, tmp_path: Path,
+                                                                   request: pytest.FixtureRequest) -> None:
+    kills, generator, saving = request.config.getoption("--kills"), random.Random(0), 0
+    flags, folder = [*RANDOM, "--steps", 30 * (kills + 1), "--save_every", 2], tmp_path / "killed"
+    for life_number in range(kills):
+        begun = any(folder.glob("checkpoint_*.pt"))
+        process, before = spawn(["--resume", folder] if begun else [*flags, "--out", folder]), files_in(folder)
+        wait(lambda: files_in(folder) - before, process)  # it has saved once in this life
+        time.sleep(generator.random() * 0.5)
+        process.kill()
+        process.join()
+        saving += any(folder.glob(".checkpoint_*.tmp"))
+        assert checkpoint.load(checkpoint.newest(folder))["step"] > 0
+        for picture in (folder / "samples").glob("*"):
+            load_video(picture, 16, 1)
+    process = spawn(["--resume", folder])
+    process.join(300)
+    whole = fitted(flags, tmp_path / "whole")
+    assert process.exitcode == 0 and same(learned(checkpoint.load(checkpoint.newest(folder))), learned(whole))
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 30 * (kills + 1) + 1))
+    print(f"{kills} kills, {saving} while a checkpoint was being written")
+
+
+def files_in(folder: Path) -> set[Path]:
+    return set(folder.glob("checkpoint_*.pt"))
+
+
+def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
+    flags = [*TINY, *"--accumulate 150 --steps 9 --save_every 1 --log_every 1".split(), "--out", tmp_path / "run"]
+    with subprocess.Popen(**processes("train.py", *flags)) as process:
+        while not files_in(tmp_path / "run"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        before = files(tmp_path / "run")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None  # it finishes the step
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT and files(tmp_path / "run") == before
+
+
+def small_files_only() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # like a full disk, at the first checkpoint
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_is_intact(copy: Path) -> None:
+    before = files(copy)
+    done = subprocess.run(**processes("train.py", "--resume", copy, "--steps", 8), preexec_fn=small_files_only)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be saved (File too large); older checkpoints are intact" in line, line
+    assert {name: files(copy)[name] for name in before if name.endswith(".pt")} == {
+        name: content for name, content in before.items() if name.endswith(".pt")}
+    assert not [path for path in copy.rglob("*.tmp")]
+    assert fitted(["--resume", copy], copy)["step"] == 4  # the 8 steps were never saved
+
+
+def test_a_disk_that_is_full_says_so(run: Path, tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        old = checkpoint.load(checkpoint.newest(run))
+        checkpoint.save(tmp_path / "checkpoint_1.pt", old)
+        with pytest.raises(OSError, match=r"checkpoint_2.pt cannot be saved \(No space left on device\)"):
+            for _ in itertools.count():
+                checkpoint.save(tmp_path / "checkpoint_2.pt", [*range(10), torch.zeros(2**19)])
+        assert os.listdir(tmp_path) == ["checkpoint_1.pt"]
+        assert same(learned(checkpoint.load(tmp_path / "checkpoint_1.pt")), learned(old))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+# ---- damaged, hostile and foreign checkpoints ---------------------------------------------------------------
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda whole: whole[:len(whole) // 2],
+    "empty": lambda whole: b"",
+    "html": lambda whole: b"<!DOCTYPE html><html><body>404: Not Found</body></html>",
+    "lfs pointer": lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    "random": lambda whole: random.Random(0).randbytes(5000),
+    "flipped byte": lambda whole: whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1])
+    + whole[len(whole) // 2 + 1:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("main", [train.main, sample.main])
+def test_a_damaged_checkpoint_is_one_sentence_and_the_one_before_it_is_offered(
+        main: Callable, damage: str, copy: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    newest, flag = checkpoint.newest(copy), "--resume" if main is train.main else "--checkpoint"
+    newest.write_bytes(DAMAGE[damage](newest.read_bytes()))
+    line = refusal(main, [flag, copy, "--device", "cpu"], monkeypatch, capsys)
+    assert "damaged" in line and "checkpoint_00000002.pt beside it is intact" in line
+    newest.unlink()  # as it says
+    if main is train.main:
+        program(monkeypatch, ["--resume", copy])
+        assert checkpoint.load(checkpoint.newest(copy))["step"] == 4
+
+
+def test_nothing_is_offered_when_all_are_damaged(copy: Path) -> None:
+    for path in files_in(copy):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="or it is damaged$"):
+        checkpoint.load(checkpoint.newest(copy))
+
+
+class Harm:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("main", [train.main, sample.main])
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(
+        main: Callable, copy: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    harm, newest = copy / "harm", checkpoint.newest(copy)
+    torch.save({"content": {"settings": Harm(harm), "optimizer": 1, "step": 1}, "sha256": ""}, newest)
+    flag = "--resume" if main is train.main else "--checkpoint"
+    assert "is not a checkpoint" in refusal(main, [flag, copy, "--device", "cpu"], monkeypatch, capsys)
+    assert not harm.exists()
+    torch.load(newest, weights_only=False)
+    assert harm.exists()  # it would have
+
+
+def test_another_architecture_is_refused_with_the_settings_that_differ(
+        copy: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    line = refusal(train.main, ["--resume", copy, "--dim", 16, "--head_dim", 16], monkeypatch, capsys)
+    assert "holds another network: --dim 16 (was 8), --head_dim 16 (was 8); resume without" in line
+
+
+def test_other_settings_than_before_are_listed_when_a_run_goes_on(copy: Path, monkeypatch: MonkeyPatch,
+                                                                  capsys: CaptureFixture) -> None:
+    program(monkeypatch, ["--resume", copy, "--steps", 5, "--lr", 0.002])
+    assert "other settings than before: --steps 5 (was 4), --lr 0.002 (was 0.0008)\n" in capsys.readouterr().out
+    program(monkeypatch, ["--resume", copy])
+    assert "other settings" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, value", [
+    ("dim", "8"), ("dim", -1), ("dim", 8.5), ("dim_mults", 3), ("dim_mults", (1, "2")), ("lr", float("nan")),
+    ("flip", "no"), ("prediction", "x"), ("prediction", ["v"]), ("data_dir", 3), ("size", torch.ones(2)),
+    ("steps", None), ("frames", {}), ("lr", 10**400)])
+def test_a_setting_of_a_stranger_is_checked_like_a_flag(name: str, value: object, copy: Path) -> None:
+    content = checkpoint.load(newest := checkpoint.newest(copy))
+    checkpoint.save(newest, content | {"settings": content["settings"] | {name: value}})
+    with pytest.raises(SystemExit) as ended:
+        train.settings(["--resume", str(copy)])
+    assert ended.value.code == 2
+    if name not in ("lr", "steps"):
+        with pytest.raises(ValueError, match=f"holds no model.*its setting {name} is"):
+            sample.load_model(newest, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("changed", [
+    {"settings": 3}, {"step": "x"}, {"model": 1}, {"ema": {}}, {"ema": {"x": 1}},
+    {"optimizer": {}}, {"optimizer": {"state": 1}}, {"ema_count": "x"}, {"model": {"entry.weight": "x"}}])
+def test_a_part_that_is_not_what_it_should_be_is_one_sentence(
+        changed: dict, copy: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    newest = checkpoint.newest(copy)
+    checkpoint.save(newest, checkpoint.load(newest) | changed)
+    assert str(newest) in refusal(train.main, ["--resume", copy, "--steps", 5, "--device", "cpu"], monkeypatch,
+                                  capsys)
+    if {"settings", "ema"} & set(changed):
+        assert str(newest) in refusal(sample.main, ["--checkpoint", copy, "--device", "cpu"], monkeypatch, capsys)
+
+
+def test_what_was_trained_compiled_is_loaded_plain(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compiled(network, backend="eager"))
+    plain = fitted([*TINY, "--steps", 2], tmp_path / "plain")
+    content = fitted([*TINY, "--steps", 2, "--compile"], tmp_path / "compiled")
+    assert content["model"].keys() == plain["model"].keys()
+    assert sample.load_model(checkpoint.newest(tmp_path / "compiled"), torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_what_was_trained_on_cuda_is_loaded_on_the_cpu(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    program(monkeypatch, [*TINY, "--device", "cuda", "--steps", 2, "--out", tmp_path / "run"])
+    sample.load_model(checkpoint.newest(tmp_path / "run"), torch.device("cpu"))
+    program(monkeypatch, ["--resume", tmp_path / "run", "--device", "cpu", "--steps", 3])
+
+
+# ---- arithmetic and hardware --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["nan loss", "infinite loss", "infinite gradient"])
+def test_what_is_not_finite_stops_before_the_step_and_names_it(
+        wrong: str, monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
+    honest, calls = train.loss, itertools.count()
+
+    def loss(network: Callable, *given: object) -> torch.Tensor:
+        value = honest(network, *given)
+        if next(calls) != 2:
+            return value
+        factor = {"nan loss": torch.nan, "infinite loss": torch.inf, "infinite gradient": 1.0}[wrong]
+        return value * factor + (1e-30 * value).square().sqrt().sub(value * 0).square().rsqrt() * (
+            0 if wrong != "infinite gradient" else 1)
+    good = fitted([*TINY, "--steps", 2, "--decay", "constant"], tmp_path / "good")
+    monkeypatch.setattr(train, "loss", loss)
+    line = refusal(train.main, [*TINY, "--steps", 9, "--decay", "constant", "--out", tmp_path / "run"],
+                   monkeypatch, capsys)
+    assert "the gradient of step 3 is not finite and was not applied; step 2 is saved" in line
+    assert same(learned(checkpoint.load(checkpoint.newest(tmp_path / "run"))), learned(good))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't "
+                                                "allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_names_the_levers(error: Exception, monkeypatch: MonkeyPatch, tmp_path: Path,
+                                        capsys: CaptureFixture) -> None:
+    def loss(*given: object) -> None:
+        raise error
+    monkeypatch.setattr(train, "loss", loss)
+    line = refusal(train.main, [*TINY, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert all(lever in line for lever in ("--batch_size", "--accumulate", "--checkpointing", "--num"))
+
+
+def test_really_out_of_memory(copy: Path) -> None:
+    def little() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
+    done = subprocess.run(**processes("sample.py", "--checkpoint", copy, "--mode", "generate", "--frames", 100_000,
+                                      "--num", 1024, "--steps", 1, "--out", copy / "out"), preexec_fn=little)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "out of memory" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_that_is_not_there_is_one_sentence_and_auto_does_without(monkeypatch: MonkeyPatch, tmp_path: Path,
+                                                                      capsys: CaptureFixture) -> None:
+    flags = [*TINY, "--steps", 1, "--out", tmp_path / "run"]
+    line = refusal(train.main, [*flags, "--device", "cuda"], monkeypatch, capsys)
+    assert "--device cuda was given, but PyTorch finds 0 CUDA devices here" in line
+    program(monkeypatch, [*flags, "--device", "auto"])
+    assert "CPU" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_without_bf16_training_is_in_float32_and_says_so_once(monkeypatch: MonkeyPatch, tmp_path: Path,
+                                                              capsys: CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    program(monkeypatch, [*TINY, "--precision", "auto", "--steps", 1, "--out", tmp_path / "run"])
+    assert capsys.readouterr().out.count("float32") == 1 and not Machine(torch.device("cpu")).bf16()
+
+
+# ---- folders, processes, terminals --------------------------------------------------------------------------
+
+
+def without_the_rights_of_root() -> None:
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) == 0  # drops CAP_DAC_OVERRIDE at exec
+
+
+@pytest.mark.parametrize("out", ["unwritable/run", "unwritable", "file", "file/run", "run"])
+def test_an_output_folder_that_cannot_be_used_is_refused_before_training(out: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "unwritable").mkdir(mode=0o555)
+    shutil.copytree(run, tmp_path / "run")
+    before = files(tmp_path)
+    done = subprocess.run(**processes("train.py", *TINY, "--out", tmp_path / out),
+                          preexec_fn=without_the_rights_of_root)
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and str(tmp_path / out.split("/")[0]) in line and files(tmp_path) == before
+
+
+def test_a_folder_in_use_is_refused_and_is_free_once_its_process_is_dead(
+        spawn: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    process = spawn([*TINY, "--steps", 100_000, "--save_every", 1, "--out", folder])
+    wait(lambda: files_in(folder), process)
+    assert "is in use by another training process" in refusal(train.main, ["--resume", folder, "--steps", 3],
+                                                              monkeypatch, capsys)
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    newest = checkpoint.load(checkpoint.newest(folder))["step"]
+    program(monkeypatch, ["--resume", folder, "--steps", newest + 1])
+    assert checkpoint.load(checkpoint.newest(folder))["step"] == newest + 1
+
+
+def test_when_one_of_two_ranks_dies_the_other_ends_soon_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder, ranks = tmp_path / "run", []
+    flags = [*TINY, *"--steps 100000 --save_every 1 --log_every 1".split(), "--out", folder]
+    for rank in "01":
+        given = processes("train.py", *flags)
+        given["env"] |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                         "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
+        ranks.append(subprocess.Popen(**given))
+    while len(files_in(folder)) < 2:
+        assert ranks[0].poll() is None, ranks[0].communicate()
+        time.sleep(0.05)
+    ranks[1].kill()
+    ranks[1].communicate()
+    _, err = ranks[0].communicate(timeout=60)
+    line = err.strip().splitlines()[-1]
+    assert ranks[0].returncode == 2 and "Traceback" not in err and "process 0 of 2 lost another one" in line, err
+    step = checkpoint.load(checkpoint.newest(folder))["step"]
+    assert f"--resume {folder}" in line and fitted(["--resume", folder, "--steps", step + 2], folder)["step"] == step + 2
+
+
+def test_a_reader_that_has_enough_ends_a_program_quietly(run: Path, tmp_path: Path) -> None:
+    for words in (["train.py", "--help"], ["sample.py", "--checkpoint", run, "--steps", 2, "--out", tmp_path]):
+        given = processes(*words)
+        with subprocess.Popen(**given) as process:
+            process.stdout.close()  # as head does
+            error = process.stderr.read()
+        assert process.returncode in (0, 128 + signal.SIGPIPE) and "rror" not in error, error
+
+
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+                                         {"TERM": "dumb", "PYTHONIOENCODING": "ascii"}])
+def test_a_poor_terminal_is_enough(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "a folder with blanks, -dashes and ünïcödé"
+    for words in (["train.py", *TINY, "--steps", 1, "--preview_every", 1, "--out", folder],
+                  ["sample.py", "--checkpoint", folder, "--steps", 2, "--out", folder / "samples"],
+                  ["train.py", "--help"], ["sample.py", "--help"]):
+        given = processes(*words)
+        given["env"] |= environment
+        given |= {"stdin": subprocess.DEVNULL}
+        done = subprocess.run(**given | {"text": False})
+        assert done.returncode == 0, done.stderr
+    assert len(list((folder / "samples").glob("*.gif"))) == 2
+
+
+def test_a_project_folder_that_is_read_only_is_enough(run: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    for path in [*HERE.glob("*.py"), HERE / "mnist"]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, project / path.name)
+    project.chmod(0o555)
+    given = processes(project / "sample.py", "--checkpoint", run, "--steps", 2, "--out", tmp_path / "samples")
+    assert subprocess.run(**given, preexec_fn=without_the_rights_of_root).returncode == 0
+    given = processes(project / "train.py", *TINY, "--steps", 1) | {"cwd": project}
+    done = subprocess.run(**given, preexec_fn=without_the_rights_of_root)  # its runs/ would be in there
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "runs" in line and "Permission denied" in line
+    project.chmod(0o755)
+
+
+@pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step": 5, "loss": 1}', "\0\0\0", '{"loss": 1}\n', "3\n"])
+def test_metrics_torn_by_a_crash_are_whole_lines_after_the_next_start(torn: str, copy: Path) -> None:
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "loss": 0.5}\n' + torn)
+    fitted(["--resume", copy, "--steps", 6, "--log_every", 1], copy)
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 5, 6]
+
+
+def test_a_failure_while_metrics_are_rewritten_leaves_them_as_they_were(copy: Path, monkeypatch: MonkeyPatch) -> None:
+    record.append(copy, {"step": 3})
+    before = files(copy)
+
+    def fails(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError):
+        record.forget(copy, 2)
+    assert files(copy) == before
+
+
+# ---- hostile videos and captions ----------------------------------------------------------------------------
+
+
+def hostile_folder(folder: Path) -> list[str]:
+    """A folder of clips, good and bad; returns the names of the bad."""
+    folder.mkdir()
+    clip = torch.rand(1, 3, 6, 16, 16) * 2 - 1
+    for name in ("a name with blanks", "-a leading dash", "ünïcödé 球"):
+        save_video(clip, folder / name)
+    whole, _, _ = (folder / "a name with blanks").with_suffix(".gif").read_bytes(), (folder / "x"), 0
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 2**16, (16, 16), dtype=np.uint16))
+              for i in range(6)]
+    for kind, mode in (("sixteen", None), ("palette", "P"), ("alpha", "RGBA")):
+        (folder / kind).mkdir()
+        for i, frame in enumerate(frames):
+            (frame if mode is None else frame.convert("L").convert(mode)).save(folder / kind / f"{i}.png")
+    (folder / "mixed sizes").mkdir()
+    for i, size in enumerate((16, 40, 23, 16, 99, 7)):
+        Image.new("RGB", (size, size + i), "red").save(folder / "mixed sizes" / f"{i}.png")
+    Image.new("L", (16, 16)).save(folder / "one frame.gif")
+    (folder / "zero frames.gif").write_bytes(b"GIF89a\x10\0\x10\0\0\0\0;")
+    (folder / "truncated.gif").write_bytes(whole[:len(whole) // 3])
+    np.save(folder / "pickled.npy", np.array([Harm(folder / "harm")], object), allow_pickle=True)
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    (folder / "bomb.webp").write_bytes(bomb.getvalue())
+    return ["one frame.gif", "zero frames.gif", "truncated.gif", "pickled.npy", "bomb.webp"]
+
+
+def test_hostile_videos_are_named_once_and_the_others_are_trained_on(
+        tmp_path: Path, capsys: CaptureFixture, monkeypatch: MonkeyPatch) -> None:
+    bad = hostile_folder(tmp_path / "clips")
+    program(monkeypatch, [*TINY, "--dataset", "video_folder", "--data_dir", tmp_path / "clips", "--steps", 2,
+                          "--channels", 3, "--batch_size", 8, "--out", tmp_path / "run"])
+    report = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(report) == 1 and all(report[0].count(f"/{name}: ") == 1 for name in bad), report
+    assert not (tmp_path / "clips" / "harm").exists() and report[0].startswith(f"skipped {len(bad)} of ")
+
+
+@pytest.mark.parametrize("text", ["", "   ", "word " * 5000, "xyzzy qwfpg", "é" * 5000, "|", "a\nb\t3"])
+def test_any_caption_is_trained_on_and_drawn_from(text: str, run: Path, tmp_path: Path,
+                                                  monkeypatch: MonkeyPatch) -> None:
+    (tmp_path / "clips").mkdir()
+    np.save(tmp_path / "clips" / "clip.npy", np.zeros((6, 16, 16), np.uint8))
+    (tmp_path / "clips" / "clip.txt").write_text(text)
+    program(monkeypatch, [*TINY, "--dataset", "video_folder", "--data_dir", tmp_path / "clips", "--steps", 1,
+                          "--out", tmp_path / "run"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(run), "--text", text, "--steps", "2",
+                                      "--w", "1" if text else "0", "--device", "cpu", "--out", str(tmp_path / "samples")])
+    config.run(sample.main)
+    assert len(list((tmp_path / "samples").iterdir())) == 3
+
+
+# ---- files damaged at random --------------------------------------------------------------------------------
+
+
+def damaged(whole: bytes, generator: random.Random) -> bytes:
+    """A real file with some bytes changed, cut out, doubled, or its end missing."""
+    content = bytearray(whole)
+    for _ in range(generator.choice([1, 1, 2, 8, 64])):
+        at, length = generator.randrange(len(content) + 1), generator.choice([1, 2, 4, 100])
+        content[at:at + length] = generator.choice([
+            generator.randbytes(length), b"", content[at:at + length] * 2, b"\xff" * length, b"\0" * length])
+    return bytes(content[:generator.randrange(len(content) + 1)] if generator.random() < 0.2 else content)
+
+
+WRITTEN: list[str] = []
+
+
+def watch(event: str, given: tuple) -> None:
+    if event == "open" and isinstance(given[0], (str, bytes)) and given[2] & (os.O_WRONLY | os.O_RDWR):
+        WRITTEN.append(os.fsdecode(given[0]))
+    elif event in ("os.remove", "os.rename", "os.system", "subprocess.Popen", "socket.connect", "shutil.rmtree"):
+        WRITTEN.append(f"{event} {given}")
+
+
+@pytest.fixture(scope="module")
+def watched() -> None:
+    sys.addaudithook(watch)
+
+
+def fuzz(seconds: float, whole: dict[str, bytes], read: Callable[[Path], object], folder: Path) -> tuple[int, int]:
+    """Damaged versions of files, read for some seconds: (how many were refused, how many were read)."""
+    generator, until, counts, number = random.Random(0), time.time() + seconds, [0, 0], 0
+    while time.time() < until or number < 20:
+        name, number = generator.choice(sorted(whole)), number + 1
+        path = folder / name
+        path.write_bytes(damaged(whole[name], generator))
+        WRITTEN.clear()
+        try:
+            read(path)
+            counts[1] += 1
+        except (ValueError, OSError) as error:
+            assert type(error) in (ValueError, FileNotFoundError, OSError) and str(error)
+            counts[0] += 1
+        assert WRITTEN == [], "something was written, or run"
+    return counts[0], counts[1]
+
+
+def test_damaged_videos_raise_no_other_error(watched: None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    clip = torch.rand(1, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = {path.name: path.read_bytes() for path in save_video(clip, tmp_path / "clip")}
+    for name, save in {"array.npy": np.save, "arrays.npz": np.savez_compressed}.items():
+        save(tmp_path / name, np.zeros((5, 16, 16, 3), np.uint8))
+        whole[name] = (tmp_path / name).read_bytes()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "still.jpg")
+    whole["still.jpg"] = (tmp_path / "still.jpg").read_bytes()
+    seconds = request.config.getoption("--fuzz")
+    refused, read = fuzz(seconds, whole, lambda path: load_video(path, 16, 3), tmp_path)
+    assert refused > 0 and read > 0
+
+
+def test_damaged_checkpoints_raise_no_other_error(watched: None, run: Path, tmp_path: Path,
+                                                  request: pytest.FixtureRequest) -> None:
+    whole = {"checkpoint_00000004.pt": checkpoint.newest(run).read_bytes()}
+    refused, _ = fuzz(request.config.getoption("--fuzz"), whole, checkpoint.load, tmp_path)
+    assert refused > 0
+
+
+def test_damaged_mnist_files_raise_no_other_error(watched: None, monkeypatch: MonkeyPatch, tmp_path: Path,
+                                                  request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(data, "MNIST", tmp_path)
+    whole = {path.name: path.read_bytes() for path in (HERE / "mnist").glob("t10k-labels*.gz")}
+    refused, _ = fuzz(request.config.getoption("--fuzz"), whole,
+                      lambda path: data._read_idx.__wrapped__(path.name), tmp_path)
+    assert refused > 0
