@@ -43,7 +43,7 @@ from unet3d import UNet3D, UNetConfig
 class BenchConfig:
     """What to time, and how."""
     table: Literal["peer", "parts", "growth", "profile"] = "peer"  # which table to make
-    preset: str = "cpu"  # the preset whose architecture is ours
+    preset: str = "cpu_wide"  # the preset whose architecture is ours
     sizes: tuple[int, ...] = (32, 64)  # [8, 1024] sizes of the clips of 16 frames, one channel
     batch_size: int = 4  # [1, 65536] clips in a training step and in a network call
     rounds: int = 3  # [1, 1000] turns that everything compared takes, after one to warm up

@@ -2,5 +2,5 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often test_faults.py kills a run (default: 3)")
-    parser.addoption("--fuzz", type=float, default=4, help="seconds for each kind of damaged file (default: 4)")
+    parser.addoption("--kills", type=int, default=3, help="how often a run is killed (default: 3)")
+    parser.addoption("--fuzz", type=float, default=4, help="seconds for each kind of file (default: 4)")

@@ -45,7 +45,7 @@ class Machine:
 
     def lost(self, error: RuntimeError) -> bool:
         """Whether the error says that another process has ended; gloo and NCCL have no type for it."""
-        return self.world > 1 and re.search("[Cc]onnection|[Tt]imed? ?out|peer|remote", str(error)) is not None
+        return self.world > 1 and bool(re.search("[Cc]onnection|[Tt]imed? ?out|peer|remote", str(error)))
 
     def __str__(self) -> str:
         cuda = self.device.type == "cuda"

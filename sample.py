@@ -336,9 +336,11 @@ def main() -> None:
 
 
 def papers_numbers(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The paper's sampler for a preset, unless another is given; its w_r is meant for whole frames."""
-    numbers = config.SAMPLING.get(preset, {}) if given.get("sampler", "ancestral") == "ancestral" else {}
-    return {name: value for name, value in numbers.items() if name != "w_r" or given.get("mode") not in SMALL}
+    """The paper's flags for a preset: its sampler's unless another is given, w_r where frames are whole."""
+    drop = {"w_r"} if given.get("mode") in SMALL else set()
+    if given.get("sampler", "ancestral") != "ancestral":
+        drop |= {"sampler", "steps", "gamma", "delta"}
+    return {name: value for name, value in config.SAMPLING.get(preset, {}).items() if name not in drop}
 
 
 def free_name(folder: Path, mode: str) -> Path:

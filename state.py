@@ -1,7 +1,7 @@
 """A training run: its settings, all that it changes, and how both go into checkpoints and come back.
 
-There is no random state to save. Everything random in micro-batch i, data, times, noise and dropout, depends on
-(--seed, i) alone, so that step and weights are all a resumed run needs to be the uninterrupted one.
+There is no random state to save. Everything random in micro-batch i, data, times, noise and dropout, depends
+on (--seed, i) alone, so that weights, Adam's state and the step make a resumed run the uninterrupted one.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from unet3d import UNet3D, UNetConfig
 @dataclass
 class TrainConfig:
     """How to train."""
-    preset: str = ""  # cpu, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128; by hardware
+    preset: str = ""  # cpu, cpu_wide, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128
     steps: int = 20_000  # [1, 100000000] optimizer steps
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
     accumulate: int = 1  # [1, 65536] micro-batches in an optimizer step, on each process

@@ -101,7 +101,7 @@ def test_peak_memory_sees_the_batch():
 def test_the_peer_is_the_one_nearest_in_parameters(with_peer):
     c = BenchConfig()
     ours, _, same, near = entrants(c, 32)
-    assert dict(same.flags)["dim"] == bench.config.PRESETS["cpu"]["dim"]
+    assert dict(same.flags)["dim"] == bench.config.PRESETS["cpu_wide"]["dim"]
     others = [Entrant("", "", (("dim", dim), ("dim_mults", (1, 2, 4)))) for dim in range(16, 128, 4)]
     gaps = [abs(parameters(other) - parameters(ours)) for other in [near, *others]]
     assert gaps[0] == min(gaps)
@@ -114,7 +114,7 @@ def test_the_peer_gets_one_noise_level_for_each_clip(with_peer):
 
 
 def test_without_the_peer_ours_is_timed_alone_and_it_says_how_to_get_it(without_peer, capsys):
-    assert [e.preset for e in entrants(BenchConfig(), 32)] == ["cpu", "cpu"]
+    assert [e.preset for e in entrants(BenchConfig(), 32)] == ["cpu_wide", "cpu_wide"]
     assert "pip install --no-deps video-diffusion-pytorch" in capsys.readouterr().out
 
 
@@ -130,8 +130,8 @@ def test_shown_is_the_median_with_the_extremes():
 def test_the_tables_come_out(table, with_peer, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--table", table, "--sizes", "16", "--batch_size", "1",
                                       "--rounds", "1", "--precision", "float32"])
-    tiny = bench.config.PRESETS["cpu"] | dict(dim=8, head_dim=8, emb_dim=16, dim_mults=(1, 2))
-    monkeypatch.setitem(bench.config.PRESETS, "cpu", tiny)
+    tiny = bench.config.PRESETS["cpu_wide"] | dict(dim=8, head_dim=8, emb_dim=16, dim_mults=(1, 2))
+    monkeypatch.setitem(bench.config.PRESETS, "cpu_wide", tiny)
     monkeypatch.setattr(bench, "peak_memory", lambda *args: 1.0)
     monkeypatch.setattr(bench, "ceiling", lambda machine: {"add": (lambda: torch.ones(1) + 1, 1)})
     monkeypatch.setattr(bench, "ddim", lambda *args: None)

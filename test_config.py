@@ -325,7 +325,7 @@ def test_presets_name_only_fields_that_exist():
     for presets, owners in ((config.PRESETS, TRAIN), (config.SAMPLING, (SampleConfig,))):
         names = {field.name for owner in owners for field in dataclasses.fields(owner)}
         assert [name for preset in presets.values() for name in preset if name not in names] == []
-    assert set(config.SAMPLING) <= set(config.PRESETS) == {"cpu", "cuda", *COLUMNS}
+    assert set(config.SAMPLING) <= set(config.PRESETS) == {"cpu", "cpu_wide", "cuda", *COLUMNS}
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)

@@ -601,6 +601,12 @@ def test_the_preset_of_a_model_says_how_to_sample_it_unless_told_otherwise(tmp_p
     assert (pooled(enlarged.video) - low).square().mean() < 0.15 * low.square().mean()
 
 
+def test_another_sampler_keeps_what_the_paper_says_of_guidance() -> None:
+    assert sample.papers_numbers("bair", {"sampler": "ddim"}) == {"w_r": 50.0, "overlap": 1}
+    assert sample.papers_numbers("bair", {})["delta"] == 0.1
+    assert sample.papers_numbers("bair", {"mode": "cascade", "sampler": "ddim"}) == {"overlap": 1}
+
+
 def test_a_base_whose_size_the_scale_does_not_divide_is_fine(tmp_path: Path) -> None:
     large = checkpointed(tmp_path / "large", *"--size 24 --attention_resolutions 12".split())
     base = checkpointed(tmp_path / "base", *"--size 8 --attention_resolutions 4".split())

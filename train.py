@@ -1,7 +1,7 @@
 """Training (section 2, and 4.3.1's joint video-image batches): python train.py --dataset moving_mnist.
 
-Everything random in micro-batch i, data, times, noise and dropout, depends on (--seed, i) alone. So N processes
-with torchrun are one process with N times the --accumulate, and a resumed run is the uninterrupted one.
+Everything random in micro-batch i, data, times, noise and dropout, depends on (--seed, i) alone. So N
+processes with torchrun are one process with N times the --accumulate, and a resumed run is the whole one.
 """
 import contextlib
 import dataclasses
@@ -206,8 +206,8 @@ def main() -> None:
     except RuntimeError as error:
         if not machine.lost(error):
             raise
-        raise ValueError(f"process {machine.rank} of {machine.world} lost another one; start all of them again "
-                         f"with --resume {shlex.quote(s.train.out)}") from None
+        raise ValueError(f"process {machine.rank} of {machine.world} lost another one; start all of them "
+                         f"again with --resume {shlex.quote(s.train.out)}") from None
     finally:
         if machine.world > 1:
             dist.destroy_process_group()
