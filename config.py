@@ -86,23 +86,31 @@ def run(main: Callable[[], None]) -> None:
              "in sampling lower --num")
 
 
-def check(values: dict[str, Any], *configs: type) -> None:
-    """Raises ValueError if a value, out of a checkpoint say, is not one that its flag would take."""
-    for field, comment in (pair for config in configs for pair in _commented_fields(config)):
-        value = values.get(field.name, field.default)
-        plain = {bool: (bool,), str: (str,)}.get(field.type)
-        try:
-            if plain:
-                fits = isinstance(value, plain)
-            elif typing.get_origin(field.type) is typing.Literal:
-                fits = value in typing.get_args(field.type)
-            else:
-                fits = _converter(field.type, comment)(_shown(value)) == value
-        except argparse.ArgumentTypeError:
-            fits = False
-        if not fits:
-            raise ValueError(f"its setting {field.name} is {reprlib.repr(value)}, which --{field.name} "
-                             "does not allow")
+def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
+    """One instance of each dataclass from a checkpoint's settings; what they lack has its default.
+
+    Raises ValueError if a value is not one that its flag would take; TypeError or RuntimeError if it is not
+    even comparable with one.
+    """
+    parts = [config(**{f.name: settings[f.name] for f in dataclasses.fields(config) if f.name in settings})
+             for config in configs]
+    for part in parts:
+        for field, comment in _commented_fields(type(part)):
+            if not _allowed(getattr(part, field.name), field.type, comment):
+                value = reprlib.repr(getattr(part, field.name))
+                raise ValueError(f"its setting {field.name} is {value}, which --{field.name} does not allow")
+    return parts
+
+
+def _allowed(value: Any, kind: Any, comment: str) -> bool:
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    try:
+        return _converter(kind, comment)(_shown(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
 
 
 def parse(*configs: type, argv: list[str] | None = None,

@@ -97,10 +97,8 @@ def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]
     content = checkpoint.load(path)
     try:
         settings = content["settings"]
-        config.check(settings, DataConfig, UNetConfig, DiffusionConfig, TextConfig)
-        data, unet, diffusion, text = (kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)
-                                                 if f.name in settings})  # not there: younger than the file
-                                       for kind in (DataConfig, UNetConfig, DiffusionConfig, TextConfig))
+        kinds = DataConfig, UNetConfig, DiffusionConfig, TextConfig
+        data, unet, diffusion, text = config.rebuild(settings, *kinds)
         network = UNet3D(unet)
         network.load_state_dict(content["ema"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:

@@ -95,8 +95,10 @@ def settings(argv: list[str] | None = None) -> Settings:
         content = checkpoint.load(path)
         if not isinstance(content.get("settings"), dict) or not {"optimizer", "step"} <= set(content):
             raise ValueError(f"{path} holds no run that can be resumed")
-        config.check(content["settings"], *parts)
-        resumed.update(content["settings"])
+        try:
+            resumed.update(Settings(*config.rebuild(content["settings"], *parts)).flat())
+        except (TypeError, RuntimeError):
+            raise ValueError(f"{path} holds settings that no run has") from None
         return resumed | {"out": given["resume"]}
 
     return Settings(*config.parse(*parts, argv=argv, defaults=defaults), resumed)

@@ -260,7 +260,7 @@ def test_a_setting_of_a_stranger_is_checked_like_a_flag(name: str, value: object
         train.settings(["--resume", str(copy)])
     assert ended.value.code == 2
     if name not in ("lr", "steps"):
-        with pytest.raises(ValueError, match=f"holds no model.*its setting {name} is"):
+        with pytest.raises(ValueError, match="holds no model"):
             sample.load_model(newest, torch.device("cpu"))
 
 
