@@ -19,6 +19,7 @@ from data import DataConfig, batches, load_video, save_video
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
 from guidance import classifier_free, clipped, reconstruction_guided, replacement
 from machine import start
+from magicvideo import NETWORKS
 from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
 from unet3d import UNet3D, UNetConfig
@@ -34,6 +35,7 @@ class SampleConfig:
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
     base: str = ""  # cascade: the model that draws the small, slow clip; else a real one is made so
     text: str = ""  # caption of the clips, or several taking turns, separated by |; none: unconditional
+    fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips
     seed: int = 0  # [0, 2147483647] the same seed gives the same video
     sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5, or fewer network calls
@@ -100,7 +102,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]
         data, unet, diffusion, text = (kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)
                                                  if f.name in settings})  # not there: younger than the file
                                        for kind in (DataConfig, UNetConfig, DiffusionConfig, TextConfig))
-        network = UNet3D(unet)
+        network = NETWORKS[settings.get("arch", "unet3d")](unet)
         network.load_state_dict(content["ema"])
     except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} holds no model that this version can build") from None
@@ -119,8 +121,9 @@ def text_guided(model: Model, s: SampleConfig) -> Denoiser:
 
 
 def captions(s: SampleConfig) -> list[str]:
-    """One caption for each of --num clips: those of --text in turn."""
-    return (s.text.split("|") * s.num)[:s.num]
+    """One caption for each of --num clips: those of --text in turn, with --fps if it is given."""
+    speed = f" at {s.fps:g} fps" if s.fps else ""
+    return [caption + speed for caption in s.text.split("|") * s.num][:s.num]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
     """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
     if not s.input:
         data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
-                                   frame_stride=model.data.frame_stride * stride)
+                                   frame_stride=(min(model.data.frame_stride) * stride,))
         return next(batches(data, s.num, s.seed))[0]
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
@@ -297,6 +300,7 @@ def check(model: Model, s: SampleConfig) -> None:
         f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
         "--text needs a model trained with captions, and this one is unconditional":
             s.text and not model.text.cond_dim,
+        "--fps is said after a caption: it needs --text": s.fps and not s.text,
         "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
         f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
             (s.delta or s.gamma) and s.sampler != "ancestral",

@@ -17,14 +17,16 @@ import config
 from data import DataConfig
 from diffusion import DiffusionConfig
 from machine import find_device
+from magicvideo import NETWORKS
 from text import TextConfig
-from unet3d import UNet3D, UNetConfig
+from unet3d import UNetConfig
 
 
 @dataclass
 class TrainConfig:
     """How to train."""
     preset: str = ""  # cpu, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128; by hardware
+    arch: Literal["unet3d", "magicvideo"] = "unet3d"  # the network: VDM's, or MagicVideo's
     steps: int = 20_000  # [1, 100000000] optimizer steps
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
     accumulate: int = 1  # [1, 65536] micro-batches in an optimizer step, on each process
@@ -91,7 +93,7 @@ def settings(argv: list[str] | None = None) -> Settings:
 def build(s: Settings, device: torch.device) -> State:
     """Network, averaged network and Adam, at step 0 or where --resume left them."""
     torch.manual_seed(s.train.seed)
-    model = UNet3D(s.unet).to(device, memory_format=torch.channels_last)
+    model = NETWORKS[s.train.arch](s.unet).to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
                                   weight_decay=s.train.weight_decay, fused=True)

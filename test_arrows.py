@@ -18,11 +18,12 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     **{leaf: (set(), set()) for leaf in LEAVES},
     "guidance": ({"diffusion"}, set()),
     "sampling": ({"diffusion"}, set()),
-    "cost": ({"diffusion", "unet3d"}, set()),
-    "state": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint"}, {"machine"}),
+    "magicvideo": ({"unet3d"}, set()),
+    "cost": ({"diffusion", "magicvideo", "unet3d"}, set()),
+    "state": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint"}, {"machine"}),
     "train": ({"config", "data", "text", "diffusion", "state"}, {"sampling", "machine", "cost", "record"}),
-    "sample": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint", "guidance", "sampling"},
-               {"machine"}),
+    "sample": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint", "guidance",
+                "sampling"}, {"machine"}),
     "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine", "state"}),
     "metrics": (set(), {"data", "unet3d", "checkpoint", "config", "machine"}),
     "evaluate": ({"sample", "metrics"}, {"config", "data", "checkpoint", "machine", "diffusion"}),
@@ -94,7 +95,8 @@ def test_guidance_and_sampling_never_meet_but_in_the_programs():
 
 def test_the_network_is_imported_by_programs_alone():
     assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
-            <= {"state", "sample", "cost", "metrics", "bench"})
+            <= {"state", "sample", "cost", "metrics", "bench", "magicvideo"})
+    assert {name for name in PRODUCT if "magicvideo" in neighbours(name)} <= {"state", "sample", "cost"}
 
 
 def test_no_import_points_in_a_circle():

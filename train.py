@@ -179,7 +179,8 @@ def main() -> None:
     """Trains, as the flags say."""
     s = settings()
     if s.train.dry_run:
-        parameters, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens)
+        parameters, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens,
+                                            s.train.arch)
         print(cost.table_row(s.train.preset, parameters, flops, s.train.batch_size * s.train.accumulate))
         return
     machine = start(s.train.device, s.train.precision, s.train.threads)
