@@ -13,7 +13,8 @@ def step_cost(unet: UNetConfig, diffusion: DiffusionConfig, num_images: int, tok
     """Parameters of the network, and FLOPs of one clip's forward and backward pass, without any memory."""
     with torch.device("meta"):
         model = NETWORKS[arch](unet)
-        x = torch.empty(1, unet.channels, unet.frames + num_images, unet.size, unet.size)
+        inner = model.config  # of latents, where there is an autoencoder
+        x = torch.empty(1, inner.channels, inner.frames + num_images, inner.size, inner.size)
         cond = torch.empty(1, tokens, unet.cond_dim) if unet.cond_dim else None
     with FlopCounterMode(display=False) as counter:
         loss(model, x, diffusion, cond, num_images).mean().backward()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import checkpoint
 import config
+from autoencoder import Autoencoder, AutoencoderConfig, frozen
 from data import DataConfig, batches, load_video, save_video
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
 from guidance import classifier_free, clipped, reconstruction_guided, replacement
@@ -64,6 +65,7 @@ class Model:
     diffusion: DiffusionConfig
     text: TextConfig
     device: torch.device
+    autoencoder: Autoencoder | None = None  # of a network that draws latents
 
 
 @dataclass
@@ -99,16 +101,18 @@ def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]
     content = checkpoint.load(path)
     try:
         settings = content["settings"]
-        data, unet, diffusion, text = (kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)
-                                                 if f.name in settings})  # not there: younger than the file
-                                       for kind in (DataConfig, UNetConfig, DiffusionConfig, TextConfig))
+        kinds = DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig
+        data, unet, diffusion, text, latent = (
+            kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)
+                    if f.name in settings}) for kind in kinds)  # not there: younger than the file
         network = NETWORKS[settings.get("arch", "unet3d")](unet)
         network.load_state_dict(content["ema"])
+        inside = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
     except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} holds no model that this version can build") from None
     network = network.to(device, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
-    return Model(network, data, diffusion, text, device), settings
+    return Model(network, data, diffusion, text, device, inside), settings
 
 
 def text_guided(model: Model, s: SampleConfig) -> Denoiser:
@@ -122,8 +126,7 @@ def text_guided(model: Model, s: SampleConfig) -> Denoiser:
 
 def captions(s: SampleConfig) -> list[str]:
     """One caption for each of --num clips: those of --text in turn, with --fps if it is given."""
-    speed = f" at {s.fps:g} fps" if s.fps else ""
-    return [caption + speed for caption in s.text.split("|") * s.num][:s.num]
+    return [text + f" at {s.fps:g} fps" * bool(s.fps) for text in s.text.split("|") * s.num][:s.num]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
             where = slice(start, start + length)
             video.x[:, :, where] = draw(counted(denoise, bar), video.block(where), model, s, generator)
             video.known[where] = True
-    return video.x
+    return model.autoencoder.video(video.x) if model.autoencoder else video.x
 
 
 def overlap(model: Model, s: SampleConfig) -> int:
@@ -169,9 +172,10 @@ def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: 
                                         lambda x: seen(given, s, x, smaller(x, s.scale)), w_r)
     times = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64)
     logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)
+    denoise = denoise if model.autoencoder else clipped(denoise)  # latents have no bounds
     if s.sampler == "ancestral":
-        return sample(clipped(denoise), z, logsnrs, s.gamma, s.delta, constrain, noise)
-    return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](clipped(denoise), z, logsnrs, constrain)
+        return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
+    return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](denoise, z, logsnrs, constrain)
 
 
 def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:
@@ -278,14 +282,15 @@ def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
 
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
     """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
+    encode = model.autoencoder.latents if model.autoencoder else torch.Tensor.float  # frames given as latents
     if not s.input:
         data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
                                    frame_stride=(min(model.data.frame_stride) * stride,))
-        return next(batches(data, s.num, s.seed))[0]
+        return encode(next(batches(data, s.num, s.seed))[0].to(model.device))
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
         raise ValueError(f"--input {s.input} has {x.shape[1]} frames, {frames} are needed")
-    return x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1)
+    return encode(x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1).to(model.device))
 
 
 # ---- the program -----------------------------------------------------------------------------------------
@@ -309,6 +314,7 @@ def check(model: Model, s: SampleConfig) -> None:
             s.method == "replacement" and small,
         f"--mode predict needs a model of two frames or more, and this one has {length}":
             s.mode == "predict" and k == 0,
+        f"--mode {s.mode} is given small frames, and this model draws latents": small and model.autoencoder,
         f"--base belongs to --mode cascade, not {s.mode}": s.base and s.mode != "cascade",
         "--input is for modes that are given frames: not generate, nor cascade with --base":
             s.input and (s.mode == "generate" or s.base),

@@ -19,11 +19,14 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "guidance": ({"diffusion"}, set()),
     "sampling": ({"diffusion"}, set()),
     "magicvideo": ({"unet3d"}, set()),
+    "autoencoder": ({"unet3d", "magicvideo"}, set()),
     "cost": ({"diffusion", "magicvideo", "unet3d"}, set()),
-    "state": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint"}, {"machine"}),
-    "train": ({"config", "data", "text", "diffusion", "state"}, {"sampling", "machine", "cost", "record"}),
+    "state": ({"config", "data", "text", "unet3d", "magicvideo", "autoencoder", "diffusion",
+               "checkpoint"}, {"machine"}),
+    "train": ({"config", "data", "text", "autoencoder", "diffusion", "state"},
+              {"sampling", "machine", "cost", "record"}),
     "sample": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint", "guidance",
-                "sampling"}, {"machine"}),
+                "sampling", "autoencoder"}, {"machine"}),
     "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine", "state"}),
     "metrics": (set(), {"data", "unet3d", "checkpoint", "config", "machine"}),
     "evaluate": ({"sample", "metrics"}, {"config", "data", "checkpoint", "machine", "diffusion"}),
@@ -95,8 +98,9 @@ def test_guidance_and_sampling_never_meet_but_in_the_programs():
 
 def test_the_network_is_imported_by_programs_alone():
     assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
-            <= {"state", "sample", "cost", "metrics", "bench", "magicvideo"})
-    assert {name for name in PRODUCT if "magicvideo" in neighbours(name)} <= {"state", "sample", "cost"}
+            <= {"state", "sample", "cost", "metrics", "bench", "magicvideo", "autoencoder"})
+    assert ({name for name in PRODUCT if "magicvideo" in neighbours(name)}
+            <= {"state", "sample", "cost", "autoencoder"})
 
 
 def test_no_import_points_in_a_circle():

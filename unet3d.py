@@ -7,7 +7,7 @@ the bottom up.
 """
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,17 +33,20 @@ class UNetConfig:
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
     dropout: float = 0.0  # [0, 1) dropout in the residual blocks
     relative_positions: bool = True  # Shaw's tables in temporal attention; without them it knows no order
+    latent_factor: int = 1  # [1, 16] frames are so many times smaller inside an autoencoder; --latent sets it
+    latent_channels: int = 4  # [1, 64] channels of a latent
     mask: Literal["before", "after"] = "before"  # magicvideo: directed attention masked around the softmax
     patch: int = 1  # [1, 16] space-to-depth factor at the entry; 1 is the paper
     scale_shift: bool = False  # let the embedding scale and shift the norm instead of being added
     checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
     def __post_init__(self):
-        factor = self.patch * 2 ** (len(self.dim_mults) - 1)
+        factor = self.latent_factor * self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
             raise ValueError(f"--size {self.size} is not divisible by {factor}, which {len(self.dim_mults)} "
                              f"levels (--dim_mults) and --patch {self.patch} need")
-        heights = [self.size // self.patch // 2**level for level in range(len(self.dim_mults))]
+        height = self.size // self.latent_factor // self.patch
+        heights = [height // 2**level for level in range(len(self.dim_mults))]
         if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
             given, there = str(self.attention_resolutions)[1:-1], str(heights)[1:-1]
             raise ValueError(f"--attention_resolutions {given} names none of the levels' heights, {there}")
@@ -217,11 +220,14 @@ class UNet3D(nn.Module):
 
     z: (B, C, F + num_images, H, W); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond:
     token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for
-    each image frame; None is c = 0. block and embedding are what another network may exchange (magicvideo.py).
+    each image frame; None is c = 0. block and embedding are what another network exchanges, magicvideo.py.
     """
     def __init__(self, config: UNetConfig, block: type[nn.Module] = Block,
                  embedding: type[nn.Module] = Embedding):
         super().__init__()
+        if config.latent_factor > 1:  # its frames are latents, channels and size are theirs
+            config = replace(config, size=config.size // config.latent_factor, latent_factor=1,
+                             channels=config.latent_channels)
         self.config = config
         dims = [config.dim * mult for mult in config.dim_mults]
         attends = [config.size // config.patch // 2**i in config.attention_resolutions
