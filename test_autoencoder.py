@@ -124,6 +124,7 @@ def test_the_loss_is_squared_error_plus_weighted_kl():
 
 def test_training_draws_a_latent_around_the_mean_with_its_deviation():
     model, x, seen = wild(Autoencoder(AutoencoderConfig(width=8))), noise(4, 1, 4, 32, 32), []
+    model.encoder[-1].bias[4:] = -2  # a deviation that is not its own square
     model.decode = lambda y, num_images: seen.append(y) or y
     _, mean, logvar = model(x)
     eps = (seen[0] - mean) / (logvar / 2).exp()
