@@ -37,10 +37,8 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 
 def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)  # the new name is on the disk only when the folder is
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -111,9 +109,11 @@ def publish(run: str | Path, out: str | Path) -> None:
     Raises ValueError if run holds no checkpoint.
     """
     content = load(newest(Path(run)))
-    settings = content["settings"] | {"out": "", "resume": "", "data_dir": ""}  # private paths
+    private = {"out", "resume", "data_dir", "latent"} & set(content["settings"])  # paths
+    settings = content["settings"] | dict.fromkeys(private, "")
     save(out, {"settings": settings, "step": content["step"],
-               "ema": {key: value.bfloat16() for key, value in content["ema"].items()}})
+               **{key: {name: value.bfloat16() for name, value in content[key].items()}
+                  for key in ("ema", "autoencoder") if key in content}})
 
 
 def plain_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

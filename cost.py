@@ -4,14 +4,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import DiffusionConfig, loss
-from unet3d import UNet3D, UNetConfig
+from magicvideo import NETWORKS
+from unet3d import UNetConfig
 
 
-def step_cost(unet: UNetConfig, diffusion: DiffusionConfig, num_images: int, tokens: int) -> tuple[int, int]:
+def step_cost(unet: UNetConfig, diffusion: DiffusionConfig, num_images: int, tokens: int,
+              arch: str = "unet3d") -> tuple[int, int]:
     """Parameters of the network, and FLOPs of one clip's forward and backward pass, without any memory."""
     with torch.device("meta"):
-        model = UNet3D(unet)
-        x = torch.empty(1, unet.channels, unet.frames + num_images, unet.size, unet.size)
+        model = NETWORKS[arch](unet)
+        inner = model.config  # of latents, where there is an autoencoder
+        x = torch.empty(1, inner.channels, inner.frames + num_images, inner.size, inner.size)
         cond = torch.empty(1, tokens, unet.cond_dim) if unet.cond_dim else None
     with FlopCounterMode(display=False) as counter:
         loss(model, x, diffusion, cond, num_images).mean().backward()

@@ -4,13 +4,13 @@ Bouncing digits made on the fly from the MNIST files beside this module, clips r
 GIF, WebP and film strip a sample is written to. Videos are (B, C, F, H, W) floats in [-1, 1] everywhere.
 """
 
-import functools
 import gzip
 import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -33,10 +33,13 @@ class DataConfig:
     frames: int = 16  # [1, 1024] frames per clip
     size: int = 64  # [8, 1024] height and width in pixels
     channels: int = 1  # [1, 3] colour channels: 1 is grey, 3 is RGB
-    frame_stride: int = 1  # [1, 64] every n-th frame of the source is used (the paper's frameskip)
+    frame_stride: tuple[int, ...] = (1,)  # [1, 64] every n-th frame is used; of several n each clip draws one
     num_images: int = 0  # [0, 64] independent image frames appended to each clip (joint training)
     digits: int = 2  # [1, 8] digits per clip of the MNIST sets
     flip: bool = False  # mirror half of the video_folder clips left to right
+
+    def __post_init__(self):  # older checkpoints hold a single number
+        object.__setattr__(self, "frame_stride", tuple(np.atleast_1d(self.frame_stride).tolist()))
 
 
 # ---- the public stream -----------------------------------------------------------------------------------
@@ -50,19 +53,27 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
     """
     if config.channels not in (1, 3):
         raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
-    folder = config.dataset == "video_folder"
-    draw = functools.partial(_folder_clips, video_folder(config)) if folder else _digit_clips
+    draw = partial(_folder_clips, video_folder(config)) if config.dataset == "video_folder" else _digit_clips
     return (_batch(draw, config, batch_size, (seed, i), device) for i in count(start, stride))
 
 
 def _batch(draw: Callable, config: DataConfig, b: int, seed: tuple[int, int], device) -> tuple[Tensor, list]:
-    x, captions, truth = draw(config, b, _rng((*seed, 0)), device)
+    # With a single stride no random number is drawn for it, and captions are silent on the speed.
+    own = draw if len(config.frame_stride) == 1 else partial(_at_speeds, draw)
+    x, captions, truth = own(config, b, _rng((*seed, 0)), device)
     if (k := config.num_images) == 0:
         return x, [[caption] for caption in captions]
     # A stream of random numbers of their own: the clips do not depend on the images.
     images, more, _ = draw(config, b * k, _rng((*seed, 1)), device, truth)
     images = rearrange(images, "(b k) c 1 h w -> b c k h w", b=b)
     return torch.cat([x, images], 2), [[own, *more[i * k : (i + 1) * k]] for i, own in enumerate(captions)]
+
+
+def _at_speeds(draw: Callable, config: DataConfig, b: int, rng: np.random.Generator, device) -> tuple:
+    strides = rng.choice(config.frame_stride, b).tolist()
+    xs, captions, truths = zip(*(draw(replace(config, frame_stride=(s,)), 1, rng, device) for s in strides))
+    clips = np.array([i for truth in truths for i in truth.get("clips", ())])
+    return torch.cat(xs), [f"{c} at {8 / s:g} fps" for s, (c,) in zip(strides, captions)], {"clips": clips}
 
 
 def _rng(seed: int | tuple[int, ...]) -> np.random.Generator:
@@ -118,9 +129,8 @@ def _digit_clips(config: DataConfig, n: int, rng: np.random.Generator, device, b
 
 
 def _straight(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Generator) -> tuple:
-    start = rng.random((*labels.shape, 1, 2))
-    angle = rng.random((*labels.shape, 1)) * 2 * np.pi
-    steps = config.frame_stride * np.arange(config.frames)[:, None]
+    start, angle = rng.random((*labels.shape, 1, 2)), rng.random((*labels.shape, 1)) * 2 * np.pi
+    steps = config.frame_stride[0] * np.arange(config.frames)[:, None]
     way = start + 0.1 * np.stack([-np.sin(angle), np.cos(angle)], -1) * steps  # the walls are at 0 and 1
     sector = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
     # Always "a", so that a prompt differs by its digit alone.
@@ -134,7 +144,7 @@ def _random(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Ge
     # Integers on the original's 64-pixel canvas, scaled at the end. Its last position is 31, not 32.
     position = rng.integers(0, 32, (*labels.shape, 2))
     velocity, path = rng.integers(-4, 5, (*labels.shape, 2)), []
-    for _ in range((config.frames - 1) * config.frame_stride + 1):
+    for _ in range((config.frames - 1) * config.frame_stride[0] + 1):
         for axis in (0, 1):  # y before x, as in the original: at a corner the x wall has the last word
             low, high = position[..., axis] < 0, position[..., axis] > 31
             inward, along = rng.integers(1, 5, labels.shape), rng.integers(-4, 5, labels.shape)
@@ -142,7 +152,7 @@ def _random(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Ge
             velocity[..., 1 - axis] = np.where(low | high, along, velocity[..., 1 - axis])
         path.append(position.clip(0, 31))
         position = path[-1] + velocity
-    positions = np.stack(path[:: config.frame_stride], axis=2) * (config.size / 64)
+    positions = np.stack(path[:: config.frame_stride[0]], axis=2) * (config.size / 64)
     return positions, [" and ".join(f"a {d}" for d in clip) + " bouncing at random" for clip in labels]
 
 
@@ -162,7 +172,7 @@ def _add_saturating(a: Tensor, b: Tensor) -> Tensor:
     return a + torch.minimum(b, 255 - a)  # uint8 would wrap
 
 
-@functools.cache
+@cache
 def _read_idx(name: str) -> np.ndarray:
     path = MNIST / name
     packed = path.read_bytes() if path.is_file() else b""
@@ -176,21 +186,19 @@ def _read_idx(name: str) -> np.ndarray:
 
 # ---- clips from a folder ---------------------------------------------------------------------------------
 
-STILLS = (".png", ".jpg", ".jpeg", ".bmp")
-FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+STILLS, FILMS = (".png", ".jpg", ".jpeg", ".bmp"), (".mp4", ".avi", ".mov", ".mkv", ".webm")
 CLIPS = (".gif", ".webp", ".apng", ".npy", ".npz", *FILMS)
 MAX_FRAME, MAX_CLIP = 2**26, 2**31  # pixels of a frame, and of a clip: a thousand frames of 1920 x 1080
 
 
-@functools.cache
+@cache
 def video_folder(config: DataConfig) -> list[tuple[Path, str]]:
     """(path, caption) of the split's clips in data_dir; unusable ones are skipped, and named once on stderr.
 
     A split is the subfolder train or test if both exist, else every tenth clip is for testing (a single clip
     is both). Every clip is decoded once here. ValueError: no such folder, or no usable clip in it.
     """
-    root = Path(config.data_dir)
-    if not config.data_dir or not root.is_dir():
+    if not config.data_dir or not (root := Path(config.data_dir)).is_dir():
         raise ValueError(f"data_dir is {config.data_dir!r}, but video_folder needs a folder of clips")
     root, paths = _split(root, config.split)
     faults = {path: _fault(config, path) for path in paths}
@@ -221,14 +229,10 @@ def _split(root: Path, split: str) -> tuple[Path, list[Path]]:
 
 def _find_clips(root: Path) -> list[Path]:
     files = [p for p in root.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(root).as_posix()}"]
-    clips = [file for file in files if _is_clip(file)]
+    clips = [file for file in files if (suffix := file.suffix.lower()) in CLIPS
+             or suffix == ".png" and b"acTL" in file.read_bytes().partition(b"IDAT")[0]]  # an animated one
     folders = {file.parent for file in files if file.suffix.lower() in STILLS}
     return sorted([*clips, *(folders - {clip.parent for clip in clips})], key=_natural)
-
-
-def _is_clip(file: Path) -> bool:
-    suffix = file.suffix.lower()  # an animated PNG says so before its first data
-    return suffix in CLIPS or suffix == ".png" and b"acTL" in file.read_bytes().partition(b"IDAT")[0]
 
 
 def _natural(path: Path) -> list:
@@ -242,7 +246,7 @@ def _caption(clip: Path, root: Path) -> str:
 
 
 def _fault(config: DataConfig, path: Path) -> str:
-    needed = (config.frames - 1) * config.frame_stride + 1
+    needed = (config.frames - 1) * max(config.frame_stride) + 1
     try:
         frames = _decode_cached(path, config.size, config.channels).shape[1]
         return "" if frames >= needed else f"{path}: {frames} frames, {needed} needed"
@@ -264,7 +268,7 @@ def _decode(path: Path, size: int, channels: int) -> Tensor:
         raise ValueError(f"{path}: broken or unusable, {' '.join(reason.split())}") from error
 
 
-_decode_cached = functools.lru_cache(maxsize=128)(_decode)  # as uint8: 16 frames of 64 x 64 in RGB are 200 kB
+_decode_cached = lru_cache(maxsize=128)(_decode)  # as uint8: 16 frames of 64 x 64 in RGB are 200 kB
 
 
 def _frames(path: Path) -> Iterator[Image.Image]:
@@ -286,8 +290,7 @@ def _frames(path: Path) -> Iterator[Image.Image]:
 
 def _array(path: Path) -> np.ndarray:
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
-    if path.suffix.lower() == ".npz":
-        array = array[array.files[0] if len(array.files) == 1 else "video"]
+    array = array if path.suffix.lower() == ".npy" else array["video" if array.files[1:] else array.files[0]]
     if array.ndim != 3 and array.shape[3:] not in ((1,), (3,), (4,)):
         raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed")
     if array.dtype != np.uint8:
@@ -312,11 +315,11 @@ def _folder_clips(clips: list, config: DataConfig, n: int, rng, device, beside=N
     else:  # single frames, each from any clip but the one it goes beside, unless there is no other
         frames, chosen = 1, beside["clips"].repeat(n // len(beside["clips"]))
         chosen = (chosen + rng.integers(1, max(len(clips), 2), n)) % len(clips)
-    span, cuts = (frames - 1) * config.frame_stride + 1, []
+    span, cuts = (frames - 1) * config.frame_stride[0] + 1, []
     for i in chosen:
         video = _decode_cached(clips[i][0], config.size, config.channels)
         start, mirrored = int(rng.integers(0, video.shape[1] - span + 1)), rng.random() < 0.5
-        cut = video[:, start : start + span : config.frame_stride]
+        cut = video[:, start : start + span : config.frame_stride[0]]
         cuts.append(cut.flip(-1) if config.flip and mirrored else cut)
     return _to_float(torch.stack(cuts).to(device)), [clips[i][1] for i in chosen], {"clips": chosen}
 
@@ -349,8 +352,8 @@ def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: 
 
 def _cells(x: Tensor, known: Sequence | None) -> np.ndarray:
     assert x.ndim == 5 and x.shape[1] in (1, 3), f"expected (B, 1 or 3, F, H, W), got {tuple(x.shape)}"
-    x = torch.nan_to_num(x.detach().float().cpu(), nan=-1.0).clamp(-1, 1)
-    pixels = ((x + 1) * 127.5).round().byte()  # a cast alone truncates, and wraps beyond 255
+    # a cast alone truncates, and wraps beyond 255
+    pixels = x.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1).add(1).mul(127.5).round().byte()
     zoom = -(-64 // min(x.shape[3:]))  # smaller clips are hard to see
     pixels = repeat(pixels, "b c f h w -> b f (h i) (w j) (c n)", i=zoom, j=zoom, n=3 // x.shape[1]).numpy()
     b, f, h, w, _ = pixels.shape

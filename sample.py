@@ -15,14 +15,17 @@ from tqdm import tqdm
 
 import checkpoint
 import config
+from autoencoder import Autoencoder, AutoencoderConfig, frozen
 from data import DataConfig, batches, load_video, save_video
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
 from guidance import classifier_free, clipped, reconstruction_guided, replacement
 from machine import start
+from magicvideo import NETWORKS
 from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
 from unet3d import UNet3D, UNetConfig
 
+PARTS = DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig
 SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
 Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"]
 
@@ -34,6 +37,7 @@ class SampleConfig:
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
     base: str = ""  # cascade: the model that draws the small, slow clip; else a real one is made so
     text: str = ""  # caption of the clips, or several taking turns, separated by |; none: unconditional
+    fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips
     seed: int = 0  # [0, 2147483647] the same seed gives the same video
     sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5, or fewer network calls
@@ -62,6 +66,7 @@ class Model:
     diffusion: DiffusionConfig
     text: TextConfig
     device: torch.device
+    autoencoder: Autoencoder | None = None  # of a network that draws latents
 
 
 @dataclass
@@ -96,17 +101,16 @@ def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]
     """The model in a checkpoint, EMA weights, no gradients, and the settings it was trained with."""
     content = checkpoint.load(path)
     try:
-        settings = content["settings"]
-        kinds = DataConfig, UNetConfig, DiffusionConfig, TextConfig
-        data, unet, diffusion, text = config.rebuild(settings, *kinds)
-        network = UNet3D(unet)
+        data, unet, diffusion, text, latent = config.rebuild(settings := content["settings"], *PARTS)
+        network = NETWORKS[settings.get("arch", "unet3d")](unet)
         network.load_state_dict(content["ema"])
+        inside = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = f": {error}" if isinstance(error, ValueError) else ""
-        raise ValueError(f"{path} holds no model that this version can build{reason}") from None
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
     network = network.to(device, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
-    return Model(network, data, diffusion, text, device), settings
+    return Model(network, data, diffusion, text, device, inside), settings
 
 
 def text_guided(model: Model, s: SampleConfig) -> Denoiser:
@@ -119,8 +123,8 @@ def text_guided(model: Model, s: SampleConfig) -> Denoiser:
 
 
 def captions(s: SampleConfig) -> list[str]:
-    """One caption for each of --num clips: those of --text in turn."""
-    return (s.text.split("|") * s.num)[:s.num]
+    """One caption for each of --num clips: those of --text in turn, with --fps if it is given."""
+    return [text + f" at {s.fps:g} fps" * bool(s.fps) for text in s.text.split("|") * s.num][:s.num]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
             where = slice(start, start + length)
             video.x[:, :, where] = draw(counted(denoise, bar), video.block(where), model, s, generator)
             video.known[where] = True
-    return video.x
+    return model.autoencoder.video(video.x) if model.autoencoder else video.x
 
 
 def overlap(model: Model, s: SampleConfig) -> int:
@@ -166,9 +170,10 @@ def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: 
                                         lambda x: seen(given, s, x, smaller(x, s.scale)), w_r)
     times = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64)
     logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)
+    denoise = denoise if model.autoencoder else clipped(denoise)  # latents have no bounds
     if s.sampler == "ancestral":
-        return sample(clipped(denoise), z, logsnrs, s.gamma, s.delta, constrain, noise)
-    return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](clipped(denoise), z, logsnrs, constrain)
+        return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
+    return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](denoise, z, logsnrs, constrain)
 
 
 def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:
@@ -275,14 +280,15 @@ def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
 
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
     """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
+    encode = model.autoencoder.latents if model.autoencoder else torch.Tensor.float  # frames given as latents
     if not s.input:
         data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
-                                   frame_stride=model.data.frame_stride * stride)
-        return next(batches(data, s.num, s.seed))[0]
+                                   frame_stride=(min(model.data.frame_stride) * stride,))
+        return encode(next(batches(data, s.num, s.seed))[0].to(model.device))
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
         raise ValueError(f"--input {s.input} has {x.shape[1]} frames, {frames} are needed")
-    return x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1)
+    return encode(x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1).to(model.device))
 
 
 # ---- the program -----------------------------------------------------------------------------------------
@@ -297,6 +303,7 @@ def check(model: Model, s: SampleConfig) -> None:
         f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
         "--text needs a model trained with captions, and this one is unconditional":
             s.text and not model.text.cond_dim,
+        "--fps is said after a caption: it needs --text": s.fps and not s.text,
         "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
         f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
             (s.delta or s.gamma) and s.sampler != "ancestral",
@@ -305,6 +312,7 @@ def check(model: Model, s: SampleConfig) -> None:
             s.method == "replacement" and small,
         f"--mode predict needs a model of two frames or more, and this one has {length}":
             s.mode == "predict" and k == 0,
+        f"--mode {s.mode} is given small frames, and this model draws latents": small and model.autoencoder,
         f"--base belongs to --mode cascade, not {s.mode}": s.base and s.mode != "cascade",
         "--input is for modes that are given frames: not generate, nor cascade with --base":
             s.input and (s.mode == "generate" or s.base),

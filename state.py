@@ -4,7 +4,7 @@ There is no random state to save. Everything random in micro-batch i, data, time
 on (--seed, i) alone, so that weights, Adam's state and the step make a resumed run the uninterrupted one.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +14,21 @@ from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
 import config
-from data import DataConfig
+from autoencoder import Autoencoder, AutoencoderConfig, frozen
+from data import DataConfig, batches
 from diffusion import DiffusionConfig
 from machine import find_device
+from magicvideo import NETWORKS
 from text import TextConfig
-from unet3d import UNet3D, UNetConfig
+from unet3d import UNetConfig
 
 
 @dataclass
 class TrainConfig:
     """How to train."""
     preset: str = ""  # cpu, cpu_wide, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128
+    arch: Literal["unet3d", "magicvideo", "autoencoder"] = "unet3d"  # what is trained; see README.md
+    latent: str = ""  # run or checkpoint of an autoencoder, in whose latents the network diffuses
     steps: int = 20_000  # [1, 100000000] optimizer steps
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
     accumulate: int = 1  # [1, 65536] micro-batches in an optimizer step, on each process
@@ -57,19 +61,19 @@ class Settings:
     unet: UNetConfig
     diffusion: DiffusionConfig
     text: TextConfig
+    autoencoder: AutoencoderConfig
     train: TrainConfig
     resumed: dict[str, Any] = field(default_factory=dict)  # flat settings of the run resumed, if one is
 
     def flat(self) -> dict[str, Any]:
         """All fields of all parts in one dictionary; a name that parts share has one value."""
-        parts = (self.data, self.unet, self.diffusion, self.text, self.train)
+        parts = (self.data, self.unet, self.diffusion, self.text, self.autoencoder, self.train)
         return {name: value for part in parts for name, value in vars(part).items()}
 
     def changes(self) -> str:
         """The flags that differ from the resumed run's, each with both values; "" if none does."""
-        names = [name for name in self.resumed if name not in ("out", "resume")]
-        return ", ".join(f"--{name} {now} (was {self.resumed[name]})" for name in names
-                         if (now := self.flat().get(name)) != self.resumed[name])
+        return ", ".join(f"--{name} {now} (was {was})" for name, was in self.resumed.items()
+                         if (now := self.flat().get(name)) != was and name not in ("out", "resume"))
 
 
 @dataclass
@@ -79,18 +83,22 @@ class State:
     ema: AveragedModel
     optimizer: torch.optim.Optimizer
     step: int = 0
+    autoencoder: Autoencoder | None = None  # with --latent: frozen, it travels in the checkpoint
 
 
 def settings(argv: list[str] | None = None) -> Settings:
     """The settings: flags given by hand, else the resumed run's, else the preset's for the hardware."""
-    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
+    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
     resumed = {}
 
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         if not given.get("resume"):
-            return {"preset": find_device(given.get("device", "auto")).type}  # cpu or cuda
+            hardware = {"preset": find_device(given.get("device", "auto")).type}  # cpu or cuda
+            return hardware | (settings_of(given["latent"]) if given.get("latent") else {})
         if "preset" in given:
             raise ValueError("--preset chooses what a new run starts from; it cannot be given with --resume")
+        if "latent" in given:
+            raise ValueError("--latent chooses what a new run diffuses; it cannot be given with --resume")
         path = checkpoint.newest(Path(given["resume"]))
         content = checkpoint.load(path)
         if not isinstance(content.get("settings"), dict) or not {"optimizer", "step"} <= set(content):
@@ -101,13 +109,34 @@ def settings(argv: list[str] | None = None) -> Settings:
             raise ValueError(f"{path} holds settings that no run has") from None
         return resumed | {"out": given["resume"]}
 
-    return Settings(*config.parse(*parts, argv=argv, defaults=defaults), resumed)
+    s = Settings(*config.parse(*parts, argv=argv, defaults=defaults), resumed)
+    if s.train.arch == "autoencoder" and s.data.size % s.autoencoder.factor:
+        raise ValueError(f"--size {s.data.size} is not divisible by --factor {s.autoencoder.factor}")
+    if s.train.arch == "autoencoder" and (s.train.latent or s.train.dry_run):
+        raise ValueError("--latent and --dry_run are for networks that diffuse, not for --arch autoencoder")
+    return s
+
+
+def load_autoencoder(path: str) -> dict[str, Any]:
+    """The checkpoint of an autoencoder, from its file or its run's folder; else ValueError."""
+    content = checkpoint.load(checkpoint.newest(Path(path)) if Path(path).is_dir() else path)
+    if content.get("settings", {}).get("arch") != "autoencoder":
+        raise ValueError(f"--latent {path} holds no autoencoder; train.py --arch autoencoder trains one")
+    return content
+
+
+def settings_of(latent: str) -> dict[str, Any]:
+    """What a run takes over from the autoencoder whose latents it diffuses."""
+    found = config.rebuild(load_autoencoder(latent)["settings"], AutoencoderConfig)[0]
+    return vars(found) | {"latent_factor": found.factor}
 
 
 def build(s: Settings, device: torch.device) -> State:
     """Network, averaged network and Adam, at step 0 or where --resume left them."""
     torch.manual_seed(s.train.seed)
-    model = UNet3D(s.unet).to(device, memory_format=torch.channels_last)
+    coder = s.train.arch == "autoencoder"
+    model = Autoencoder(s.autoencoder) if coder else NETWORKS[s.train.arch](s.unet)
+    model = model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
                                   weight_decay=s.train.weight_decay, fused=True)
@@ -115,11 +144,27 @@ def build(s: Settings, device: torch.device) -> State:
     if s.train.resume:
         path = checkpoint.newest(Path(s.train.resume))
         try:
-            restore(state, checkpoint.load(path))
+            content = checkpoint.load(path)
+            restore(state, content)
+            if s.train.latent:
+                state.autoencoder = frozen(s.autoencoder, content["autoencoder"], device)
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path} holds another network: {s.changes() or 'no flag explains it'}; resume "
                              "without flags that change it") from None
+    elif s.train.latent:
+        state.autoencoder = measured(s, device)
     return state
+
+
+def measured(s: Settings, device: torch.device) -> Autoencoder:
+    """The autoencoder of --latent, with the scale that gives the latents of 64 clips unit variance."""
+    try:
+        model = frozen(s.autoencoder, load_autoencoder(s.train.latent)["ema"], device)
+    except RuntimeError:
+        raise ValueError(f"--latent {s.train.latent} holds another autoencoder than the flags say") from None
+    clips = replace(s.data, num_images=0)
+    model.measure(next(batches(clips, 64, s.train.seed))[0].to(device))
+    return model
 
 
 def ema_update(decay: float) -> Callable:
@@ -137,7 +182,8 @@ def save(state: State, s: Settings) -> None:
     checkpoint.save(folder / f"checkpoint_{state.step:08d}.pt", {
         "settings": s.flat(), "step": state.step,
         "model": state.model.state_dict(), "ema": checkpoint.plain_keys(state.ema.state_dict()),
-        "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict()})
+        "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict(),
+        **({"autoencoder": state.autoencoder.state_dict()} if state.autoencoder else {})})
     for old in sorted(folder.glob("checkpoint_*.pt"))[:-s.train.keep]:
         old.unlink()
 

@@ -18,12 +18,15 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     **{leaf: (set(), set()) for leaf in LEAVES},
     "guidance": ({"diffusion"}, set()),
     "sampling": ({"diffusion"}, set()),
-    "cost": ({"diffusion", "unet3d"}, set()),
-    "state": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint"}, {"machine"}),
-    "train": ({"config", "data", "text", "diffusion", "state"},
+    "magicvideo": ({"unet3d"}, set()),
+    "autoencoder": ({"unet3d", "magicvideo"}, set()),
+    "cost": ({"diffusion", "magicvideo", "unet3d"}, set()),
+    "state": ({"config", "data", "text", "unet3d", "magicvideo", "autoencoder", "diffusion",
+               "checkpoint"}, {"machine"}),
+    "train": ({"config", "data", "text", "autoencoder", "diffusion", "state"},
               {"sampling", "machine", "cost", "record", "checkpoint"}),
-    "sample": ({"config", "data", "text", "unet3d", "diffusion", "checkpoint", "guidance", "sampling"},
-               {"machine"}),
+    "sample": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint", "guidance",
+                "sampling", "autoencoder"}, {"machine"}),
     "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine", "state"}),
     "metrics": (set(), {"data", "unet3d", "checkpoint", "config", "machine"}),
     "evaluate": ({"sample", "metrics"}, {"config", "data", "checkpoint", "machine", "diffusion"}),
@@ -95,7 +98,9 @@ def test_guidance_and_sampling_never_meet_but_in_the_programs():
 
 def test_the_network_is_imported_by_programs_alone():
     assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
-            <= {"state", "sample", "cost", "metrics", "bench"})
+            <= {"state", "sample", "cost", "metrics", "bench", "magicvideo", "autoencoder"})
+    assert ({name for name in PRODUCT if "magicvideo" in neighbours(name)}
+            <= {"state", "sample", "cost", "autoencoder"})
 
 
 def test_no_import_points_in_a_circle():

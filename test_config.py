@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 
 import config
+from autoencoder import AutoencoderConfig
 from data import DataConfig
 from diffusion import DiffusionConfig
 from sample import SampleConfig
@@ -18,7 +19,7 @@ from state import TrainConfig
 from text import TextConfig
 from unet3d import UNetConfig
 
-TRAIN = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, TrainConfig)
+TRAIN = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
 ALL = (*TRAIN, SampleConfig)
 FLAGS = [pytest.param(owner, field, id=f"{owner.__name__}.{field.name}") for owner in ALL
          for field in dataclasses.fields(owner)]
@@ -174,7 +175,7 @@ def shared() -> dict[str, list]:
 def test_a_shared_field_is_one_flag_that_sets_all_of_them():
     parts = config.parse(*TRAIN, argv="--frames 5 --size 32 --channels 3 --cond_dim 8".split())
     for name, value in dict(frames=5, size=32, channels=3, cond_dim=8).items():
-        assert len(shared()[name]) == 2
+        assert len(shared()[name]) == 2 + (name == "channels")
         assert {getattr(part, name) for part in parts if hasattr(part, name)} == {value}
 
 

@@ -26,10 +26,21 @@ class TextConfig:
 def embed(captions: list[str], config: TextConfig) -> Tensor:
     """The captions' frozen token embeddings, float32 (B, config.tokens, config.cond_dim); padding is zero.
 
-    "" gives all zeros, which is c = 0. Raises ValueError if the BERT is missing or of another width.
+    "" gives all zeros, which is c = 0. A caption that ends in " at N fps" has a sinusoid of N as its last
+    token (MagicVideo, Zhou et al. 2022). Raises ValueError if the BERT is missing or of another width.
     """
-    encode = _words if config.encoder == "words" else _bert
-    return torch.stack([encode(caption, config) for caption in captions])
+    encode, parts = _words if config.encoder == "words" else _bert, [SPEED.fullmatch(c) for c in captions]
+    return torch.stack([
+        torch.cat([encode(part[1], config)[:-1], _wave(float(part[2]), config.cond_dim)]) if part
+        else encode(caption, config) for caption, part in zip(captions, parts)])
+
+
+SPEED = re.compile(r"(.*) at (\d+\.?\d*(?:e-?\d+)?) fps", re.DOTALL)
+
+
+def _wave(fps: float, dim: int) -> Tensor:
+    angles = fps * torch.logspace(0, -4, (dim + 1) // 2)
+    return torch.cat([angles.sin(), angles.cos()])[None, :dim]
 
 
 def _words(caption: str, config: TextConfig) -> Tensor:

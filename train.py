@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import autoencoder
 import checkpoint
 import config
 import cost
@@ -45,6 +46,9 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     """The mean loss of micro-batch number index: video and image frames with their captions, some dropped."""
     x, captions = batch
     torch.manual_seed(s.train.seed << 32 | index)
+    if s.train.arch == "autoencoder":
+        with machine.autocast():
+            return autoencoder.loss(network, x.to(machine.device), s.autoencoder, s.data.num_images)
     cond = condition(captions, s.text)
     if cond is not None:
         kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
@@ -93,7 +97,8 @@ def fit(s: Settings, machine: Machine) -> None:
     network = torch.compile(state.model) if s.train.compile else state.model
     network = DistributedDataParallel(network) if machine.world > 1 else network
     first = state.step * s.train.accumulate * machine.world + machine.rank
-    stream = batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device)
+    stream = clean(batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device),
+                   state, machine)
     clips, norm = s.train.batch_size * s.train.accumulate * machine.world, torch.zeros(())
     with tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
               disable=machine.rank > 0) as bar:
@@ -119,6 +124,12 @@ def fit(s: Settings, machine: Machine) -> None:
         finish(state, s, stop, norm)
 
 
+def clean(stream: Iterator, state: State, machine: Machine) -> Iterator:
+    """The stream as the network knows it: with --latent, of the latents of its clean frames."""
+    return stream if not state.autoencoder else (
+        (state.autoencoder.latents(x.to(machine.device)), captions) for x, captions in stream)
+
+
 def keep(state: State, s: Settings, machine: Machine) -> None:
     """Writes the preview and the checkpoint that are due after this step."""
     every = s.train.preview_every
@@ -130,17 +141,30 @@ def keep(state: State, s: Settings, machine: Machine) -> None:
 
 @torch.no_grad()
 def preview(state: State, s: Settings, machine: Machine) -> None:
-    """Writes samples/step_<step>.gif (.webp, .png): EMA weights, captions of the data, 25 calls."""
-    x, captions = next(batches(dataclasses.replace(s.data, num_images=0), 4, s.train.seed))
+    """Writes samples/step_<step>.gif (.webp, .png): EMA weights, captions of the data, 25 calls.
+
+    An autoencoder shows four clips and then their reconstructions.
+    """
+    stream = batches(dataclasses.replace(s.data, num_images=0), 4, s.train.seed)
+    x, captions = next(clean(stream, state, machine))
+    model = state.ema.module.eval()
+    with machine.autocast():
+        video = (torch.cat([x, model.video(model.latents(x.to(machine.device))).cpu()])
+                 if s.train.arch == "autoencoder" else draw(state, x, captions, s, machine))
+    save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
+    record.draw(Path(s.train.out))
+
+
+def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings, machine: Machine) -> Tensor:
+    """A video for each caption, of the size that x has, or that the autoencoder gives its latents."""
     cond = condition(captions, s.text)
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # always the same
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(machine.device)
     cond = None if cond is None else cond.to(machine.device)
-    denoise = denoiser(state.ema.module.eval(), s.diffusion, cond)
-    with machine.autocast():
-        video = dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
-    save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
-    record.draw(Path(s.train.out))
+    denoise = denoiser(state.ema.module, s.diffusion, cond)
+    if state.autoencoder:  # latents have no bounds
+        return state.autoencoder.video(dpm_solver(denoise, z, logsnrs))
+    return dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
 
 
 def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
@@ -196,7 +220,8 @@ def main() -> None:
     """Trains, as the flags say."""
     s = settings()
     if s.train.dry_run:
-        parameters, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens)
+        parameters, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens,
+                                            s.train.arch)
         print(cost.table_row(s.train.preset, parameters, flops, s.train.batch_size * s.train.accumulate))
         return
     machine = start(s.train.device, s.train.precision, s.train.threads)

@@ -6,7 +6,9 @@ frames, and its mask keeps the independent image frames of joint training (4.3.1
 the bottom up.
 """
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -31,16 +33,20 @@ class UNetConfig:
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
     dropout: float = 0.0  # [0, 1) dropout in the residual blocks
     relative_positions: bool = True  # Shaw's tables in temporal attention; without them it knows no order
+    latent_factor: int = 1  # [1, 16] frames are so many times smaller inside an autoencoder; --latent sets it
+    latent_channels: int = 4  # [1, 64] channels of a latent
+    mask: Literal["before", "after"] = "before"  # magicvideo: directed attention masked around the softmax
     patch: int = 1  # [1, 16] space-to-depth factor at the entry; 1 is the paper
     scale_shift: bool = False  # let the embedding scale and shift the norm instead of being added
     checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
     def __post_init__(self):
-        factor = self.patch * 2 ** (len(self.dim_mults) - 1)
+        factor = self.latent_factor * self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
             raise ValueError(f"--size {self.size} is not divisible by {factor}, which {len(self.dim_mults)} "
                              f"levels (--dim_mults) and --patch {self.patch} need")
-        heights = [self.size // self.patch // 2**level for level in range(len(self.dim_mults))]
+        height = self.size // self.latent_factor // self.patch
+        heights = [height // 2**level for level in range(len(self.dim_mults))]
         if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
             given, there = str(self.attention_resolutions)[1:-1], str(heights)[1:-1]
             raise ValueError(f"--attention_resolutions {given} names none of the levels' heights, {there}")
@@ -64,7 +70,10 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, 1x3x3 conv, twice, plus a skip; the embedding enters each frame in between (section 3)."""
+    """Norm, SiLU, 1x3x3 conv, twice, plus a skip; the embedding enters each frame in between (section 3).
+
+    after: what to do with the result of each convolution; nothing here, see magicvideo.py.
+    """
     def __init__(self, dim_in: int, dim: int, config: UNetConfig):
         super().__init__()
         self.scale_shift = config.scale_shift
@@ -74,15 +83,16 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.skip = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(nnf.silu(self.norm1(x)))
+    def forward(self, x: Tensor, emb: Tensor,
+                after: Sequence[Callable] = (nn.Identity(), nn.Identity())) -> Tensor:
+        h = after[0](self.conv1(nnf.silu(self.norm1(x))))
         e = rearrange(self.emb(emb), "b f c -> (b f) c 1 1")
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + e)
-        return self.skip(x) + self.conv2(self.dropout(nnf.silu(h)))
+        return self.skip(x) + after[1](self.conv2(self.dropout(nnf.silu(h))))
 
 
 class SpatialMix(nn.Module):
@@ -135,12 +145,15 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Conv2d(dim, inner, 1, bias=False) for _ in range(3))
         self.out = zero(nn.Conv2d(inner, dim, 1))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def branch(self, x: Tensor, mask: Tensor) -> Tensor:
         h, height = self.norm(x), x.shape[2]
         q, k, v = (rearrange(layer(h), "bf (heads d) h w -> bf (h w) heads d", heads=self.heads)
                    for layer in (self.q, self.k, self.v))
         h = rearrange(self.mix(q, k, v, mask), "bf (h w) heads d -> bf (heads d) h w", h=height)
-        return x + self.out(h)
+        return self.out(h)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.branch(x, mask)
 
 
 class Block(nn.Module):
@@ -157,10 +170,10 @@ class Block(nn.Module):
             x = attention(x, mask)
         return x
 
-    def forward(self, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *context) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.run, x, emb, mask, use_reentrant=False)
-        return self.run(x, emb, mask)
+            return checkpoint(self.run, x, *context, use_reentrant=False)
+        return self.run(x, *context)
 
 
 class Embedding(nn.Module):
@@ -197,29 +210,38 @@ def isolate(frames: int, num_images: int, device: torch.device) -> Tensor:
     return video & video[:, None] | torch.eye(frames, dtype=torch.bool, device=device)
 
 
+def per_frame(y: Tensor, frames: int) -> Tensor:
+    """(b, k, ...), one for the clip and then one for each image frame, as (b, frames, ...)."""
+    return torch.cat([y[:, :1].expand(-1, frames - y.shape[1] + 1, *y.shape[2:]), y[:, 1:]], 1)
+
+
 class UNet3D(nn.Module):
     """The network of section 3: (z, logsnr, cond, num_images) -> eps or v, shaped like z.
 
     z: (B, C, F + num_images, H, W); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond:
     token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for
-    each image frame; None is c = 0.
+    each image frame; None is c = 0. block and embedding are what another network exchanges, magicvideo.py.
     """
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: UNetConfig, block: type[nn.Module] = Block,
+                 embedding: type[nn.Module] = Embedding):
         super().__init__()
+        if config.latent_factor > 1:  # its frames are latents, channels and size are theirs
+            config = replace(config, size=config.size // config.latent_factor, latent_factor=1,
+                             channels=config.latent_channels)
         self.config = config
         dims = [config.dim * mult for mult in config.dim_mults]
         attends = [config.size // config.patch // 2**i in config.attention_resolutions
                    for i in range(len(dims))]
-        self.embedding = Embedding(config)
+        self.embedding = embedding(config)
         self.entry = nn.Conv2d(config.channels * config.patch**2, dims[0], 3, padding=1)
         self.down = nn.ModuleList(
-            nn.ModuleList(Block(before if i == 0 else dim, dim, attend, config) for i in range(config.blocks))
+            nn.ModuleList(block(before if i == 0 else dim, dim, attend, config) for i in range(config.blocks))
             for before, dim, attend in zip(dims[:1] + dims, dims, attends))
-        self.middle = nn.ModuleList([Block(dims[-1], dims[-1], True, config),
-                                     Block(dims[-1], dims[-1], False, config)])
+        self.middle = nn.ModuleList([block(dims[-1], dims[-1], True, config),
+                                     block(dims[-1], dims[-1], False, config)])
         self.narrow = nn.ModuleList(nn.Conv2d(below, dim, 1) for below, dim in zip(dims[1:], dims))
         self.up = nn.ModuleList(
-            nn.ModuleList(Block(2 * dim, dim, attend, config) for _ in range(config.blocks))
+            nn.ModuleList(block(2 * dim, dim, attend, config) for _ in range(config.blocks))
             for dim, attend in zip(dims, attends))
         last = zero(nn.Conv2d(dims[0], config.channels * config.patch**2, 3, padding=1))
         self.exit = nn.Sequential(Norm(dims[0]), nn.SiLU(), last)
@@ -229,28 +251,28 @@ class UNet3D(nn.Module):
         assert c == self.config.channels and num_images < f, (z.shape, self.config.channels, num_images)
         assert cond is None or cond.dim() == 3 or cond.shape[1] in (1, 1 + num_images), (
             cond.shape, num_images)
-        p, emb, mask = self.config.patch, self.embed(logsnr, cond, b, f), isolate(f, num_images, z.device)
+        p, context = self.config.patch, self.context(z, logsnr, cond, num_images)
         x = rearrange(z.float(), "b c f (h p) (w q) -> (b f) (c p q) h w", p=p, q=p)  # space-to-depth
-        x = self.u_net(x.contiguous(memory_format=torch.channels_last), emb, mask)
+        x = self.u_net(x.contiguous(memory_format=torch.channels_last), *context)
         return rearrange(x.float(), "(b f) (c p q) h w -> b c f (h p) (w q)", b=b, p=p, q=p).to(z.dtype)
 
-    def embed(self, logsnr: Tensor, cond: Tensor | None, batch: int, frames: int) -> Tensor:
+    def context(self, z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> tuple:
+        """What every block hears beside x: the embedding of each frame, and which frame may see which."""
         tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
-        emb = self.embedding(logsnr, batch, tokens)  # b k emb_dim, k = 1 or 1 + num_images
-        emb = torch.cat([emb[:, :1].expand(-1, frames - emb.shape[1] + 1, -1), emb[:, 1:]], 1)  # b f emb_dim
-        return nnf.silu(emb)
+        emb = self.embedding(logsnr, len(z), tokens)  # b k emb_dim, k = 1 or 1 + num_images
+        return nnf.silu(per_frame(emb, z.shape[2])), isolate(z.shape[2], num_images, z.device)
 
-    def u_net(self, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
+    def u_net(self, x: Tensor, *context) -> Tensor:
         x, skips = self.entry(x), []  # (b f) dim h w
         for level, blocks in enumerate(self.down):
             x = nnf.avg_pool2d(x, 2) if level else x
             for block in blocks:
-                x = block(x, emb, mask)
+                x = block(x, *context)
                 skips.append(x)
         for block in self.middle:
-            x = block(x, emb, mask)
+            x = block(x, *context)
         for level in reversed(range(len(self.up))):
             for block in self.up[level]:
-                x = block(torch.cat([x, skips.pop()], 1), emb, mask)
+                x = block(torch.cat([x, skips.pop()], 1), *context)
             x = nnf.interpolate(self.narrow[level - 1](x), scale_factor=2.0, mode="nearest") if level else x
         return self.exit(x)

@@ -1,0 +1,113 @@
+"""MagicVideo (Zhou et al. 2022): an autoencoder of single frames, in whose latents a network diffuses.
+
+Each frame is encoded alone. Clean frames are encoded and their latents diffused, never the other way round.
+With --video_decoder two layers of directed attention over time join the decoder, so that frames agree.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from einops import rearrange
+from torch import Tensor, nn
+
+from magicvideo import DirectedMix
+from unet3d import Attention, Norm, UNetConfig, isolate, zero
+
+
+@dataclass
+class AutoencoderConfig:
+    """The autoencoder. Raises ValueError if factor is no power of two."""
+    channels: int = 1  # [1, 3] channels of a frame: 1 grey, 3 RGB
+    factor: int = 4  # [2, 16] autoencoder: height and width of a latent are so many times smaller
+    latent_channels: int = 4  # [1, 64] channels of a latent
+    width: int = 32  # [8, 1024] autoencoder: channels inside
+    kl_weight: float = 1e-4  # [0, 1] autoencoder: weight of the KL divergence from N(0, 1), in mean nats
+    video_decoder: bool = False  # autoencoder: directed attention over time in the decoder
+
+    def __post_init__(self):
+        if self.factor & self.factor - 1:
+            raise ValueError(f"--factor {self.factor} is not a power of two: 2, 4, 8 or 16")
+
+
+class Residual(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, plus the input; ((b f), c, h, w)."""
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(Norm(dim), nn.SiLU(), nn.Conv2d(dim, dim, 3, padding=1),
+                                 Norm(dim), nn.SiLU(), zero(nn.Conv2d(dim, dim, 3, padding=1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+class Autoencoder(nn.Module):
+    """Videos (B, C, F + num_images, H, W) in [-1, 1] to latents, factor times smaller, and back.
+
+    A call is a training pass: (x, num_images) -> reconstruction, mean, logvar. scale is a part of the
+    weights: 1 over the standard deviation of the means, once measure() has seen some clips.
+    """
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config, dim, levels = config, config.width, range(int(math.log2(config.factor)))
+        down = [layer for _ in levels for layer in (Residual(dim), nn.Conv2d(dim, dim, 3, 2, 1))]
+        self.encoder = nn.Sequential(nn.Conv2d(config.channels, dim, 3, padding=1), *down, Residual(dim),
+                                     Norm(dim), nn.SiLU(), nn.Conv2d(dim, 2 * config.latent_channels, 1))
+        self.entry = nn.Sequential(nn.Conv2d(config.latent_channels, dim, 3, padding=1), Residual(dim))
+        heads = UNetConfig(head_dim=max(8, dim // 4))
+        self.time = nn.ModuleList(Attention(dim, DirectedMix, heads) for _ in range(2 * config.video_decoder))
+        up = [layer for _ in levels
+              for layer in (nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim, 3, padding=1), Residual(dim))]
+        self.exit = nn.Sequential(*up, Norm(dim), nn.SiLU(), nn.Conv2d(dim, config.channels, 3, padding=1))
+        self.register_buffer("scale", torch.ones(()))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, (B, latent_channels, F, h, w) each, of x (B, C, F, H, W)."""
+        out = self.encoder(rearrange(x, "b c f h w -> (b f) c h w")).float()
+        return rearrange(out, "(b f) c h w -> b c f h w", b=len(x)).chunk(2, dim=1)
+
+    def decode(self, y: Tensor, num_images: int = 0) -> Tensor:
+        """The video of the latents y, unscaled; attention over time leaves image frames to themselves."""
+        h, mask = rearrange(y, "b c f h w -> (b f) c h w"), isolate(y.shape[2], num_images, y.device)
+        h = self.entry(h)
+        for attention in self.time:
+            h = attention(h, mask)
+        return rearrange(self.exit(h).float(), "(b f) c h w -> b c f h w", b=len(y))
+
+    def forward(self, x: Tensor, num_images: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        mean, logvar = self.encode(x)
+        y = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        return self.decode(y, num_images), mean, logvar
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> None:
+        """Sets scale so that the latents of the clips x have unit variance."""
+        self.scale.copy_(1 / self.encode(x)[0].std())
+
+    @torch.no_grad()
+    def latents(self, x: Tensor) -> Tensor:
+        """What is diffused: the scaled means of clean frames x (B, C, F, H, W)."""
+        return self.encode(x)[0] * self.scale
+
+    @torch.no_grad()
+    def video(self, z: Tensor) -> Tensor:
+        """The video, in [-1, 1], of what was drawn."""
+        return self.decode(z / self.scale).clamp(-1, 1)
+
+
+def frozen(config: AutoencoderConfig, weights: dict[str, Tensor], device: torch.device) -> Autoencoder:
+    """The autoencoder with these weights, to be used and not trained; RuntimeError if they do not fit."""
+    model = Autoencoder(config)
+    model.load_state_dict(weights)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL divergence of N(mean, e^logvar) from N(0, 1) in nats, each element alone."""
+    return (mean.square() + logvar.exp() - 1 - logvar) / 2
+
+
+def loss(network: nn.Module, x: Tensor, config: AutoencoderConfig, num_images: int = 0) -> Tensor:
+    """Mean squared error of the reconstruction plus kl_weight times the mean KL; a number."""
+    reconstruction, mean, logvar = network(x, num_images)
+    return nnf.mse_loss(reconstruction, x) + config.kl_weight * kl(mean, logvar).mean()

@@ -1,0 +1,135 @@
+"""MagicVideo (Zhou et al. 2022): the network of unet3d.py with another block and another embedding.
+
+Convolutions are 2D and shared by all frames; the adaptor, a scale and a shift for each, tells them apart.
+In a block space and time are two branches beside each other, and a frame sees none that comes after it.
+Captions enter by cross-attention, the speed by an embedding. Read it from the bottom up.
+"""
+import dataclasses
+import functools
+
+import torch
+import torch.nn.functional as nnf
+from einops import rearrange
+from torch import Tensor, nn
+
+from unet3d import Attention, Block, Embedding, Norm, SpatialMix, UNet3D, UNetConfig, per_frame, zero
+
+
+class Adaptor(nn.Module):
+    """The distribution adaptor z^i = S^i * z^i + B^i of frame i, at first S = 1, B = 0; ((b f), c, h, w).
+
+    The last num_images frames pass as they are; a clip shorter than config.frames takes the first rows.
+    """
+    def __init__(self, dim: int, config: UNetConfig):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(config.frames, dim))
+        self.shift = nn.Parameter(torch.zeros(config.frames, dim))
+
+    def forward(self, x: Tensor, frames: int, num_images: int) -> Tensor:
+        rows = [nnf.pad(table[:frames - num_images], (0, 0, 0, num_images), value=image)  # f c
+                for table, image in ((self.scale, 1.0), (self.shift, 0.0))]
+        scale, shift = (row.repeat(len(x) // frames, 1)[..., None, None].to(x.dtype) for row in rows)
+        return scale * x + shift
+
+
+class DirectedMix(nn.Module):
+    """Attention over frames at each pixel, M * softmax(q k / sqrt(d)): frame p sees frames q <= p alone.
+
+    q, k, v: ((b f), pixels, heads, d). With config.mask "before" M also acts inside the softmax; with "after"
+    it does not, so that rows do not sum to 1 and later frames, though never seen, share the normalisation.
+    """
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.before = config.mask == "before"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        f, heads, seen = mask.shape[0], q.shape[2], mask.tril()  # an image frame: itself, in both cases
+        q, k, v = (rearrange(y, "(b f) n heads d -> b f (n heads) d", f=f) for y in (q, k, v))
+        scores = torch.einsum("b i n d, b j n d -> b n i j", q, k).float() / q.shape[-1] ** 0.5
+        p = scores.masked_fill(~(seen if self.before else mask), -torch.inf).softmax(-1) * seen
+        out = torch.einsum("b n i j, b j n d -> b i n d", p.to(v.dtype), v)
+        return rearrange(out, "b f (n heads) d -> (b f) n heads d", heads=heads)
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of the pixels ((b f), c, h, w) to their frame's tokens ((b f), l, cond_dim).
+
+    Padding, tokens that are all zero, is left out, and no layer behind the tokens has a bias: c = 0 adds 0.
+    """
+    def __init__(self, dim: int, config: UNetConfig):
+        super().__init__()
+        self.heads = max(1, dim // config.head_dim)
+        inner = self.heads * config.head_dim
+        self.norm, self.q = Norm(dim), nn.Conv2d(dim, inner, 1, bias=False)
+        self.k, self.v = (nn.Linear(config.cond_dim, inner, bias=False) for _ in range(2))
+        self.out = zero(nn.Conv2d(inner, dim, 1, bias=False))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        q = rearrange(self.q(self.norm(x)), "bf (heads d) h w -> bf heads (h w) d", heads=self.heads)
+        k, v = (rearrange(layer(tokens), "bf l (heads d) -> bf heads l d", heads=self.heads)
+                for layer in (self.k, self.v))
+        scores = (q @ k.mT).float() / q.shape[-1] ** 0.5
+        padding = (tokens == 0).all(-1)[:, None, None]
+        p = scores.masked_fill(padding, -1e4).softmax(-1).to(v.dtype)  # finite: c = 0 is all padding
+        return self.out(rearrange(p @ v, "bf heads (h w) d -> bf (heads d) h w", h=x.shape[2]))
+
+
+class MagicBlock(Block):
+    """A residual block with adaptors and, where the level attends, space and time as parallel branches."""
+    def __init__(self, dim_in: int, dim: int, attend: bool, config: UNetConfig):
+        super().__init__(dim_in, dim, False, config)  # not its attention, one after the other
+        self.attend = attend
+        self.adaptors = nn.ModuleList(Adaptor(dim, config) for _ in range(3 if attend else 2))
+        if attend:
+            self.space, self.time = Attention(dim, SpatialMix, config), Attention(dim, DirectedMix, config)
+            self.cross = CrossAttention(dim, config) if config.cond_dim else None
+
+    def run(self, x: Tensor, emb: Tensor, mask: Tensor, tokens: Tensor | None, num_images: int) -> Tensor:
+        adapt = [functools.partial(a, frames=len(mask), num_images=num_images) for a in self.adaptors]
+        x = self.res(x, emb, adapt[:2])
+        if not self.attend:
+            return x
+        spatial = adapt[2](self.space.branch(x, mask))
+        if tokens is not None:
+            spatial = spatial + self.cross(x + spatial, tokens)
+        return x + spatial + self.time.branch(x, mask)
+
+
+class SpeedEmbedding(Embedding):
+    """Frames per second and log-SNR as one vector; captions are not pooled, cross-attention hears them.
+
+    Linear(SiLU(Linear)) of the last token, which text.embed keeps for the speed; all zero, it adds nothing.
+    """
+    def __init__(self, config: UNetConfig):
+        super().__init__(dataclasses.replace(config, cond_dim=0))  # without the layers of the pooling
+        if config.cond_dim:
+            self.speed = nn.Sequential(nn.Linear(config.cond_dim, config.emb_dim), nn.SiLU(),
+                                       nn.Linear(config.emb_dim, config.emb_dim))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        speed = tokens[:, :, -1]  # b k cond_dim
+        return self.speed(speed) * (speed != 0).any(-1, keepdim=True)
+
+
+class MagicVideo(UNet3D):
+    """UNet3D's call and topology with MagicVideo's blocks: (z, logsnr, cond, num_images) -> like z.
+
+    The last token of cond is the speed, the others are the caption. Raises ValueError for a clip of more
+    frames than config.frames: the adaptors have no row for them.
+    """
+    def __init__(self, config: UNetConfig):
+        super().__init__(config, MagicBlock, SpeedEmbedding)
+
+    def context(self, z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> tuple:
+        """UNet3D's, then each frame's caption ((b f), l - 1, cond_dim) and the number of image frames."""
+        frames, known = z.shape[2], self.config.frames
+        if frames - num_images > known:
+            raise ValueError(f"a clip of {frames - num_images} frames was given to a MagicVideo network, and "
+                             f"its adaptors know {known}")
+        tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
+        if tokens is not None:
+            tokens = per_frame(tokens[:, :, :-1], frames).flatten(0, 1)
+        return *super().context(z, logsnr, cond, num_images), tokens, num_images
+
+
+NETWORKS = {"unet3d": UNet3D, "magicvideo": MagicVideo}  # --arch
