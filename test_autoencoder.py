@@ -41,8 +41,8 @@ def sources_read_once() -> Iterator[None]:
 def fitted(flags: list, out: Path) -> dict:
     """The checkpoint of a run with these flags."""
     s = train.settings([*map(str, flags), "--out", str(out)])
-    train.prepare(s, CPU)
-    train.fit(s, CPU)
+    with train.prepare(s, CPU):
+        train.fit(s, CPU)
     return checkpoint.load(checkpoint.newest(out))
 
 

@@ -45,8 +45,8 @@ def network(**changes) -> MagicVideo:
 def fitted(flags: list, out: Path) -> dict:
     """The checkpoint of a run with these flags."""
     s = train.settings([*TINY, *map(str, flags), "--out", str(out)])
-    train.prepare(s, CPU)
-    train.fit(s, CPU)
+    with train.prepare(s, CPU):
+        train.fit(s, CPU)
     return checkpoint.load(checkpoint.newest(out))
 
 
