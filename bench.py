@@ -65,8 +65,7 @@ class Entrant:
         if not self.preset:
             return Peer(**dict(self.flags))
         values = config.PRESETS[self.preset] | {"channels": 1, "cond_dim": 0} | dict(self.flags)
-        fields = {field.name for field in dataclasses.fields(UNetConfig)}
-        return UNet3D(UNetConfig(**{name: values[name] for name in fields & set(values)}))
+        return UNet3D(*config.rebuild(values, UNetConfig))
 
 
 class Peer(nn.Module):
@@ -322,8 +321,7 @@ def profile_table(c: BenchConfig, machine: Machine) -> None:
             shares[kind] += getattr(event, f"self_{'device' if trainer.x.is_cuda else 'cpu'}_time_total")
         print(f"| 16 x {size} x {size}, kind of operation | share of the step |\n|---|---|")
         for kind, time_ in shares.most_common():
-            print(f"| {kind} | {time_ / shares.total():.1%} |")
-        print(flush=True)
+            print(f"| {kind} | {time_ / shares.total():.1%} |", flush=True)
 
 
 def main() -> None:
@@ -334,8 +332,8 @@ def main() -> None:
     print(f"`python bench.py {shlex.join(sys.argv[1:])}`, {machine}, PyTorch {torch.__version__}, "
           f"{time.strftime('%Y-%m-%d')}, allocator {tuned or 'as it is by default'}, "
           f"median [min, max] of {c.rounds} rounds\n")
-    table = {"peer": peer_table, "parts": parts_table, "growth": growth_table, "profile": profile_table}
-    table[c.table](c, machine)
+    {"peer": peer_table, "parts": parts_table, "growth": growth_table, "profile": profile_table}[c.table](
+        c, machine)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync(path.parent)
+        with contextlib.suppress(OSError):  # some network drives refuse
+            handle = os.open(path.parent, os.O_RDONLY)  # its new name is on the disk only when the folder is
+            os.fsync(handle)
+            os.close(handle)
     except (OSError, RuntimeError) as error:  # torch.save hides what the disk said behind a RuntimeError
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
@@ -33,12 +36,6 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
                       "intact") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)  # the new name is on the disk only when the folder is
-    os.fsync(handle)
-    os.close(handle)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -60,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are none
             stored = torch.load(path, map_location="cpu", weights_only=True)
         content, expected = stored["content"] | {}, stored["sha256"]  # a dict, or else an error
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception:  # damaged files make torch.load raise nearly anything
         raise ValueError(f"{path} is not a checkpoint of this project, or it is damaged") from None
@@ -73,7 +70,7 @@ def _offer(path: Path) -> str:
     for older in sorted(path.parent.glob("checkpoint_*.pt"), reverse=True):
         with contextlib.suppress(ValueError, OSError):
             if older.name < path.name and _read(older):
-                return f"; {older.name} beside it is intact, and the newest once the damaged file is deleted"
+                return f"; {older.name} beside it is intact: it is used once all newer files are deleted"
     return ""
 
 
@@ -88,9 +85,11 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(handle)
         raise ValueError(f"{folder} is in use by another training process: give another --out") from None
+    try:
+        yield
     finally:
         os.close(handle)
 

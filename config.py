@@ -6,7 +6,6 @@ enforces it. The presets carry the hyperparameters of the paper's appendix, and 
 import argparse
 import dataclasses
 import inspect
-import io
 import math
 import os
 import re
@@ -65,9 +64,8 @@ def fail(sentence: str) -> NoReturn:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program; ValueError and OSError carry a sentence for the user, all else is a bug and shown."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path must not fail on a terminal that cannot show it
-            stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # a path must not fail where it cannot be shown
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # notebooks' streams have none
     try:
         main()
         print(end="", flush=True)
@@ -89,11 +87,13 @@ def run(main: Callable[[], None]) -> None:
 def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
     """One instance of each dataclass from a checkpoint's settings; what they lack has its default.
 
-    Raises ValueError if a value is not one that its flag would take; TypeError or RuntimeError if it is not
-    even comparable with one.
+    Raises ValueError if a value is not one that its flag would take.
     """
-    parts = [config(**{f.name: settings[f.name] for f in dataclasses.fields(config) if f.name in settings})
-             for config in configs]
+    try:
+        parts = [kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings})
+                 for kind in configs]
+    except (TypeError, ArithmeticError, RuntimeError):
+        raise ValueError("its settings are not of the types that flags have") from None
     for part in parts:
         for field, comment in _commented_fields(type(part)):
             if not _allowed(getattr(part, field.name), field.type, comment):

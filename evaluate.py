@@ -198,8 +198,8 @@ def extend(lab: Lab) -> dict[str, Arm]:
 def predict(lab: Lab) -> dict[str, Arm]:
     """The benchmarks: 10 -> 10 frames, or 5 -> 10 for a model of stochastic digits; error, PSNR and SSIM.
 
-    Published squared errors for two digits at
-    64x64: ConvLSTM 29.80, PredRNN 23.97, SimVP 32.15, TAU 24.60 (200 epochs), PredRNN++ 14.07 (2,000 epochs).
+    Published squared errors, for two digits at 64x64: ConvLSTM 29.80, PredRNN 23.97, SimVP 32.15, TAU 24.60
+    (200 epochs), PredRNN++ 14.07 (2,000 epochs).
     The error of one sample is up to twice that of the mean of all futures: it pays for its own guess as well.
     """
     draws, k = 2 if lab.c.quick else 10, 5 if "stochastic" in lab.model.data.dataset else 10

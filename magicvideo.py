@@ -114,7 +114,8 @@ class SpeedEmbedding(Embedding):
 class MagicVideo(UNet3D):
     """UNet3D's call and topology with MagicVideo's blocks: (z, logsnr, cond, num_images) -> like z.
 
-    The last token of cond is the speed, the others are the caption. Raises ValueError for a clip of more
+    The last token of cond is the speed, the others are the caption: --tokens must leave room, a caption that
+    fills it has a word there. Raises ValueError for a clip of more
     frames than config.frames: the adaptors have no row for them.
     """
     def __init__(self, config: UNetConfig):

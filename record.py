@@ -24,7 +24,7 @@ def append(folder: Path, values: dict[str, float]) -> None:
 def read(folder: Path) -> list[dict[str, float]]:
     """The lines of the run's metrics.jsonl, without any that a crash left torn."""
     path, lines = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             if isinstance(values := json.loads(line), dict) and "step" in values:
                 lines.append(values)

@@ -87,7 +87,9 @@ class State:
 
 
 def settings(argv: list[str] | None = None) -> Settings:
-    """The settings: flags given by hand, else the resumed run's, else the preset's for the hardware."""
+    """The settings: flags given by hand, else the run's that is resumed or whose latents are diffused, else
+    the preset's for the hardware. Bad ones end the program with one sentence.
+    """
     parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
     resumed = {}
 
@@ -103,10 +105,7 @@ def settings(argv: list[str] | None = None) -> Settings:
         content = checkpoint.load(path)
         if not isinstance(content.get("settings"), dict) or not {"optimizer", "step"} <= set(content):
             raise ValueError(f"{path} holds no run that can be resumed")
-        try:
-            resumed.update(Settings(*config.rebuild(content["settings"], *parts)).flat())
-        except (TypeError, RuntimeError):
-            raise ValueError(f"{path} holds settings that no run has") from None
+        resumed.update(Settings(*config.rebuild(content["settings"], *parts)).flat())
         return resumed | {"out": given["resume"]}
 
     s = Settings(*config.parse(*parts, argv=argv, defaults=defaults), resumed)
@@ -114,13 +113,17 @@ def settings(argv: list[str] | None = None) -> Settings:
         raise ValueError(f"--size {s.data.size} is not divisible by --factor {s.autoencoder.factor}")
     if s.train.arch == "autoencoder" and (s.train.latent or s.train.dry_run):
         raise ValueError("--latent and --dry_run are for networks that diffuse, not for --arch autoencoder")
+    if s.train.latent and s.diffusion.prediction == "eps":
+        raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
+    if s.unet.latent_factor != (s.autoencoder.factor if s.train.latent else 1):
+        raise ValueError("--latent_factor follows from the autoencoder of --latent: leave it out")
     return s
 
 
 def load_autoencoder(path: str) -> dict[str, Any]:
     """The checkpoint of an autoencoder, from its file or its run's folder; else ValueError."""
     content = checkpoint.load(checkpoint.newest(Path(path)) if Path(path).is_dir() else path)
-    if content.get("settings", {}).get("arch") != "autoencoder":
+    if not isinstance(s := content.get("settings"), dict) or s.get("arch") != "autoencoder":
         raise ValueError(f"--latent {path} holds no autoencoder; train.py --arch autoencoder trains one")
     return content
 
@@ -160,7 +163,7 @@ def measured(s: Settings, device: torch.device) -> Autoencoder:
     """The autoencoder of --latent, with the scale that gives the latents of 64 clips unit variance."""
     try:
         model = frozen(s.autoencoder, load_autoencoder(s.train.latent)["ema"], device)
-    except RuntimeError:
+    except (RuntimeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--latent {s.train.latent} holds another autoencoder than the flags say") from None
     clips = replace(s.data, num_images=0)
     model.measure(next(batches(clips, 64, s.train.seed))[0].to(device))

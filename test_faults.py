@@ -13,10 +13,11 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,6 @@ from test_train import HERE, TINY, fitted, learned, processes, program, same
 
 RANDOM = [*TINY, *("--dropout 0.2 --cond_dropout 0.5 --ema 0.3 --lr 0.01 --log_every 1 --preview_every 40 "
                    "--save_every 2").split()]
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +96,15 @@ def spawn() -> Callable:
 
 def wait(condition: Callable[[], object], process: multiprocessing.Process, seconds: float = 120) -> None:
     give_up = time.time() + seconds
-    while not condition() and process.is_alive():
-        assert time.time() < give_up
+    while not condition():
+        assert process.is_alive() and time.time() < give_up
         time.sleep(0.002)
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(spawn: Callable, tmp_path: Path,
                                                                    request: pytest.FixtureRequest) -> None:
     kills, generator, saving = request.config.getoption("--kills"), random.Random(0), 0
-    flags, folder = [*RANDOM, "--steps", 30 * (kills + 1)], tmp_path / "killed"
+    flags, folder = [*RANDOM, "--steps", 50 * (kills + 1)], tmp_path / "killed"
     for _ in range(kills):
         before = checkpoints(folder)
         process = spawn(["--resume", folder] if before else [*flags, "--out", folder])
@@ -119,21 +112,22 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(spawn: Callab
         time.sleep(generator.random() * 0.5)
         process.kill()
         process.join()
+        assert process.exitcode == -signal.SIGKILL  # it had not ended by itself
         saving += any(folder.glob(".checkpoint_*.tmp"))
         assert checkpoint.load(checkpoint.newest(folder))["step"] > 0
         for picture in (folder / "samples").glob("*"):
             load_video(picture, 16, 1)
     process = spawn(["--resume", folder])
-    process.join(300)
+    process.join(120 + 60 * kills)
     whole = fitted(flags, tmp_path / "whole")
     assert process.exitcode == 0 and same(learned(checkpoint.load(checkpoint.newest(folder))), learned(whole))
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 30 * (kills + 1) + 1))
+    assert steps == list(range(1, 50 * (kills + 1) + 1))
     print(f"{kills} kills, {saving} while a checkpoint was being written")
 
 
 def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
-    flags = [*TINY, *"--accumulate 150 --steps 9 --save_every 1".split(), "--out", tmp_path / "run"]
+    flags = [*TINY, *"--accumulate 250 --steps 9 --save_every 1".split(), "--out", tmp_path / "run"]
     with subprocess.Popen(**processes("train.py", *flags)) as process:
         while not checkpoints(tmp_path / "run"):
             assert process.poll() is None, process.communicate()
@@ -166,13 +160,13 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_is_intact(copy: Path
 
 def test_a_disk_that_is_full_says_so(run: Path, tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
     try:
         old = checkpoint.load(checkpoint.newest(run))
         checkpoint.save(tmp_path / "checkpoint_1.pt", old)
         with pytest.raises(OSError, match=r"checkpoint_2.pt cannot be saved \(No space left on device\)"):
-            for _ in itertools.count():
+            for _ in range(3):
                 checkpoint.save(tmp_path / "checkpoint_2.pt", [*range(10), torch.zeros(2**19)])
         assert os.listdir(tmp_path) == ["checkpoint_1.pt"]
         assert same(learned(checkpoint.load(tmp_path / "checkpoint_1.pt")), learned(old))
@@ -250,7 +244,7 @@ def test_other_settings_than_before_are_listed_when_a_run_goes_on(copy: Path, mo
 
 
 @pytest.mark.parametrize("name, value", [
-    ("dim", "8"), ("dim", -1), ("dim", 8.5), ("dim_mults", 3), ("dim_mults", (1, "2")), ("lr", float("nan")),
+    ("dim", "8"), ("dim", -1), ("dim", 8.5), ("dim_mults", 3), ("dim_mults", (1, "2")), ("patch", 0), ("lr", float("nan")),
     ("flip", "no"), ("prediction", "x"), ("prediction", ["v"]), ("data_dir", 3), ("size", torch.ones(2)),
     ("steps", None), ("frames", {}), ("lr", 10**400)])
 def test_a_setting_of_a_stranger_is_checked_like_a_flag(name: str, value: object, copy: Path) -> None:
@@ -332,7 +326,7 @@ def test_really_out_of_memory(copy: Path) -> None:
     def little() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
     given = processes("sample.py", "--checkpoint", copy, "--frames", 100_000, "--num", 1024, "--steps", 1,
-                      "--out", copy / "out")
+                      "--device", "cpu", "--out", copy / "out")
     done = subprocess.run(**given, preexec_fn=little)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "out of memory" in done.stderr
@@ -360,11 +354,20 @@ def test_without_bf16_training_is_in_float32_and_says_so_once(monkeypatch: Monke
 
 def without_the_rights_of_root() -> None:
     if os.geteuid() == 0:
-        assert ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) == 0  # drops CAP_DAC_OVERRIDE at exec
+        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # drops CAP_DAC_OVERRIDE at exec
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> None:
+    """Skips where rights cannot be dropped, so that no folder is unwritable."""
+    (tmp_path / "closed").mkdir(mode=0o555)
+    touch = subprocess.run(["touch", tmp_path / "closed" / "x"], preexec_fn=without_the_rights_of_root,
+                           capture_output=True)
+    (tmp_path / "closed").rmdir() if touch.returncode else pytest.skip("root may write everywhere here")
 
 
 @pytest.mark.parametrize("out", ["unwritable/run", "unwritable", "file", "file/run", "run"])
-def test_an_output_folder_that_cannot_be_used_is_refused_before_training(out: str, run: Path,
+def test_an_output_folder_that_cannot_be_used_is_refused_before_training(out: str, run: Path, mortal: None,
                                                                          tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "unwritable").mkdir(mode=0o555)
@@ -394,17 +397,23 @@ def test_a_folder_in_use_is_refused_and_is_free_once_its_process_is_dead(
 def test_when_one_of_two_ranks_dies_the_other_ends_soon_and_the_run_goes_on(tmp_path: Path) -> None:
     folder, ranks = tmp_path / "run", []
     flags = [*TINY, *"--steps 100000 --save_every 1 --log_every 1".split(), "--out", folder]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     for rank in "01":
         given = processes("train.py", *flags)
         given["env"] |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                         "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
+                         "MASTER_PORT": str(port)}
         ranks.append(subprocess.Popen(**given))
-    while len(checkpoints(folder)) < 2:
-        assert ranks[0].poll() is None, ranks[0].communicate()
-        time.sleep(0.05)
-    ranks[1].kill()
-    ranks[1].communicate()
-    _, err = ranks[0].communicate(timeout=60)
+    try:
+        while len(checkpoints(folder)) < 2:
+            assert ranks[0].poll() is None, ranks[0].communicate()
+            time.sleep(0.05)
+        ranks[1].kill()
+        _, err = ranks[0].communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
     line = err.strip().splitlines()[-1]
     assert ranks[0].returncode == 2 and "Traceback" not in err, err
     assert "process 0 of 2 lost another one" in line
@@ -438,7 +447,7 @@ def test_a_poor_terminal_is_enough(environment: dict[str, str], tmp_path: Path) 
     assert len(list((folder / "samples").glob("*.gif"))) == 2
 
 
-def test_a_project_folder_that_is_read_only_is_enough(run: Path, tmp_path: Path) -> None:
+def test_a_project_folder_that_is_read_only_is_enough(run: Path, mortal: None, tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
     for path in [*HERE.glob("*.py"), HERE / "mnist"]:
@@ -453,9 +462,9 @@ def test_a_project_folder_that_is_read_only_is_enough(run: Path, tmp_path: Path)
     project.chmod(0o755)
 
 
-@pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step": 5, "loss": 1}', "\0\0", '{"loss": 1}\n', "3\n"])
+@pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step": 5, "loss": 1}', "\udcff", '{"loss": 1}\n', "3\n"])
 def test_metrics_torn_by_a_crash_are_whole_lines_after_the_next_start(torn: str, copy: Path) -> None:
-    with open(copy / "metrics.jsonl", "a") as file:
+    with open(copy / "metrics.jsonl", "a", errors="surrogateescape") as file:
         file.write('{"step": 2, "loss": 0.5}\n' + torn)
     fitted(["--resume", copy, "--steps", 6, "--log_every", 1], copy)
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]

@@ -386,7 +386,7 @@ def test_a_run_trains_saves_and_is_drawn_from(run, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("extend_001.*"))) == 3
 
 
-def test_a_run_of_two_steps_learns_with_every_parameter(run):
+def test_a_run_of_two_steps_moves_weights_and_adaptors(run):
     content = checkpoint.load(checkpoint.newest(run))
     start = train.build(train.settings([*TINY, "--frame_stride", "1,2"]), CPU.device).model.state_dict()
     assert content["step"] == 2 and content["settings"]["arch"] == "magicvideo"

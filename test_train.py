@@ -56,15 +56,6 @@ def sources_read_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """A run takes over Ctrl-C; the tests give it back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def program(monkeypatch: MonkeyPatch, flags: list) -> None:
     """python train.py flags, in this process."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])

@@ -131,12 +131,12 @@ def clean(stream: Iterator, state: State, machine: Machine) -> Iterator:
 
 
 def keep(state: State, s: Settings, machine: Machine) -> None:
-    """Writes the preview and the checkpoint that are due after this step."""
+    """Writes the checkpoint and the preview that are due after this step."""
+    if state.step % s.train.save_every == 0:
+        save(state, s)
     every = s.train.preview_every
     if state.step % every == 0 or state.step == 100 < every:  # an early one, to see that it works
         preview(state, s, machine)
-    if state.step % s.train.save_every == 0:
-        save(state, s)
 
 
 @torch.no_grad()
@@ -177,7 +177,8 @@ def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
     if state.step < s.train.steps:
         print(f"stopped at step {state.step}; to go on: {go_on}")
         raise SystemExit(128 + (stop or [signal.SIGTERM])[0])  # the signal may have reached another process
-    print(f"done: python sample.py --checkpoint {shlex.quote(s.train.out)}")
+    use = "train.py --latent" if s.train.arch == "autoencoder" else "sample.py --checkpoint"
+    print(f"done: python {use} {shlex.quote(s.train.out)}")
 
 
 @contextlib.contextmanager
@@ -197,8 +198,7 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.locked(folder):
-        holds_run = (folder / "config.json").exists() or any(folder.glob("checkpoint_*.pt"))
-        if holds_run and not (s.train.resume and folder.samefile(resumed)):
+        if any(folder.glob("checkpoint_*.pt")) and not (s.train.resume and folder.samefile(resumed)):
             raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another "
                              "--out")
         record.replace(folder / "config.json", json.dumps(s.flat(), indent=1))
