@@ -115,7 +115,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(spawn: Callab
         assert process.exitcode == -signal.SIGKILL  # it had not ended by itself
         saving += any(folder.glob(".checkpoint_*.tmp"))
         assert checkpoint.load(checkpoint.newest(folder))["step"] > 0
-        for picture in (folder / "samples").glob("*"):
+        for picture in (folder / "samples").glob("[!.]*"):
             load_video(picture, 16, 1)
     process = spawn(["--resume", folder])
     process.join(120 + 60 * kills)
