@@ -117,10 +117,13 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(spawn: Callab
         assert checkpoint.load(checkpoint.newest(folder))["step"] > 0
         for picture in (folder / "samples").glob("[!.]*"):
             load_video(picture, 16, 1)
-    process = spawn(["--resume", folder])
-    process.join(120 + 60 * kills)
-    whole = fitted(flags, tmp_path / "whole")
-    assert process.exitcode == 0 and same(learned(checkpoint.load(checkpoint.newest(folder))), learned(whole))
+    ends = []
+    for last in (["--resume", folder], [*flags, "--out", tmp_path / "whole"]):  # with as many threads
+        process = spawn(last)
+        process.join(120 + 60 * kills)
+        assert process.exitcode == 0
+        ends.append(checkpoint.load(checkpoint.newest(Path(last[-1]))))
+    assert same(learned(ends[0]), learned(ends[1])) and ends[0]["step"] == ends[1]["step"] == 50 * (kills + 1)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 50 * (kills + 1) + 1))
     print(f"{kills} kills, {saving} while a checkpoint was being written")

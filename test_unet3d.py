@@ -474,7 +474,7 @@ def test_space_to_depth_keeps_every_pixel_and_is_undone():
                                      dict(size=10, patch=4)])
 def test_a_size_that_the_levels_cannot_halve_is_one_sentence(changes):
     with pytest.raises(ValueError, match=r"^--size \d+ is not divisible by \d+, "
-                                         r".*--dim_mults.* --patch \d+ need$"):
+                                         r".* --dim_mults, --patch \d+ and --latent_factor \d+ need$"):
         small(**changes)
 
 

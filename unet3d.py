@@ -44,7 +44,8 @@ class UNetConfig:
         factor = self.latent_factor * self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
             raise ValueError(f"--size {self.size} is not divisible by {factor}, which {len(self.dim_mults)} "
-                             f"levels, --patch {self.patch} and --latent_factor {self.latent_factor} need")
+                             f"levels of --dim_mults, --patch {self.patch} and --latent_factor "
+                             f"{self.latent_factor} need")
         height = self.size // self.latent_factor // self.patch
         heights = [height // 2**level for level in range(len(self.dim_mults))]
         if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
