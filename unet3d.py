@@ -43,8 +43,8 @@ class UNetConfig:
     def __post_init__(self):
         factor = self.latent_factor * self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
-            raise ValueError(f"--size {self.size} is not divisible by {factor}, which follows from --dim_mults, "
-                             "--patch and --latent_factor")
+            raise ValueError(f"--size {self.size} is not divisible by {factor}, which follows from "
+                             "--dim_mults, --patch and --latent_factor")
         height = self.size // self.latent_factor // self.patch
         heights = [height // 2**level for level in range(len(self.dim_mults))]
         if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
