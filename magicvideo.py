@@ -98,7 +98,7 @@ class MagicBlock(Block):
 class SpeedEmbedding(Embedding):
     """Frames per second and log-SNR as one vector; captions are not pooled, cross-attention hears them.
 
-    Linear(SiLU(Linear)) of the last token, which text.embed keeps for the speed; all zero, it adds nothing.
+    Linear(SiLU(Linear)) of the last token, where text.embed puts the speed; all zero, it adds nothing.
     """
     def __init__(self, config: UNetConfig):
         super().__init__(dataclasses.replace(config, cond_dim=0))  # without the layers of the pooling
@@ -114,9 +114,9 @@ class SpeedEmbedding(Embedding):
 class MagicVideo(UNet3D):
     """UNet3D's call and topology with MagicVideo's blocks: (z, logsnr, cond, num_images) -> like z.
 
-    The last token of cond is the speed, the others are the caption: --tokens must leave room, a caption that
-    fills it has a word there. Raises ValueError for a clip of more
-    frames than config.frames: the adaptors have no row for them.
+    The last token of cond is the speed, the others are the caption; a caption so long that it fills --tokens
+    has a word there, which is then taken for a speed. Raises ValueError for a clip of more frames than
+    config.frames: the adaptors have no row for them.
     """
     def __init__(self, config: UNetConfig):
         super().__init__(config, MagicBlock, SpeedEmbedding)
