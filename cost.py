@@ -11,14 +11,20 @@ from unet3d import UNetConfig
 def step_cost(unet: UNetConfig, diffusion: DiffusionConfig, num_images: int, tokens: int,
               arch: str = "unet3d") -> tuple[int, int]:
     """Parameters of the network, and FLOPs of one clip's forward and backward pass, without any memory."""
+    model = network(unet, arch)
     with torch.device("meta"):
-        model = NETWORKS[arch](unet)
         inner = model.config  # of latents, where there is an autoencoder
         x = torch.empty(1, inner.channels, inner.frames + num_images, inner.size, inner.size)
         cond = torch.empty(1, tokens, unet.cond_dim) if unet.cond_dim else None
     with FlopCounterMode(display=False) as counter:
-        loss(model, x, diffusion, cond, num_images).mean().backward()
+        loss(model, x, diffusion, cond, num_images, keys=unet.keys).mean().backward()
     return count(model), counter.get_total_flops()
+
+
+def network(unet: UNetConfig, arch: str) -> nn.Module:
+    """The network without any memory."""
+    with torch.device("meta"):
+        return NETWORKS[arch](unet)
 
 
 def count(model: nn.Module) -> int:

@@ -36,6 +36,7 @@ class DataConfig:
     frame_stride: tuple[int, ...] = (1,)  # [1, 64] every n-th frame is used; of several n each clip draws one
     num_images: int = 0  # [0, 64] independent image frames appended to each clip (joint training)
     digits: int = 2  # [1, 8] digits per clip of the MNIST sets
+    short_captions: float = 0.0  # [0, 1] chance that a caption of moving_mnist names its digits alone
     flip: bool = False  # mirror half of the video_folder clips left to right
 
     def __post_init__(self):  # older checkpoints hold a single number
@@ -133,8 +134,10 @@ def _straight(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.
     steps = config.frame_stride[0] * np.arange(config.frames)[:, None]
     way = start + 0.1 * np.stack([-np.sin(angle), np.cos(angle)], -1) * steps  # the walls are at 0 and 1
     sector = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
+    short = rng.random(len(labels)) < config.short_captions if config.short_captions else [False] * len(labels)
     # Always "a", so that a prompt differs by its digit alone.
-    phrases = [[f"a {d} moving {DIRECTIONS[s]}" for d, s in zip(*clip)] for clip in zip(labels, sector)]
+    phrases = [[f"a {d}" + f" moving {DIRECTIONS[s]}" * (not brief) for d, s in zip(*clip)]
+               for *clip, brief in zip(labels, sector, short)]
     # A bounce folds the straight way. (The original code clamps to the wall in the frame of a bounce instead;
     # folded, the speed never changes, and a frame_stride of s shows exactly every s-th frame.)
     return (1 - abs(way % 2 - 1)) * room, [" and ".join(clip) for clip in phrases]

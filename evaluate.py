@@ -2,22 +2,20 @@
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
 raw numbers beside it. What is drawn stands beside two real rows: as many clips of the test split (the floor),
-and as many whose every frame is from another clip (chance: good frames, no video). All but guidance and
-extend draw without captions.
+and as many whose every frame is from another clip (chance: good frames, no video). samplers, predict and
+super_resolve draw without captions. Those that train models of their own are in ablations.py.
 """
 import dataclasses
 import inspect
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -28,88 +26,10 @@ import checkpoint
 import config
 import metrics
 import sample
-from data import DIRECTIONS, moving_mnist, stochastic_moving_mnist
-from machine import Machine, start
-from sample import Given, Model, SampleConfig, nothing, show, show_small, smaller
-
-HERE = Path(__file__).parent
-Arm = Callable[[int], dict[str, float]]  # seed -> what was measured
-Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "super_resolve", "positions"]
-
-
-@dataclass
-class EvaluateConfig:
-    """Which experiment, on which model, how large."""
-    experiment: Experiment = "samplers"  # which of the paper's tables
-    checkpoint: str = "pretrained/moving_mnist_32.pt"  # a checkpoint or a run's folder
-    features: str = "pretrained/features_32.pt"  # the networks that measure, trained by metrics.py
-    clips: int = 32  # [2, 100000] clips of each arm and seed
-    reference: int = 256  # [2, 100000] real clips that every Frechet distance is taken to
-    batch_size: int = 8  # [1, 1024] clips drawn at once
-    seeds: int = 3  # [1, 100] seeds of each arm
-    calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
-    frames: int = 64  # [17, 1000] extend: frames of the result
-    train_steps: int = 2000  # [1, 100000000] joint, positions: optimizer steps of their small models
-    quick: bool = False  # few clips, one seed, few calls: minutes, and only to see that it works
-    i3d: str = ""  # a TorchScript I3D file that you trust: adds FVD
-    out: str = "results"  # folder of NAME.md and NAME.json
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
-    threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
-
-
-@dataclass
-class Lab:
-    """What every experiment needs."""
-    c: EvaluateConfig
-    path: Path  # of the model's checkpoint
-    model: Model
-    features: metrics.Features
-    machine: Machine
-
-    def real(self, seed: int, frames: int = 0, clips: int = 0) -> tuple[Tensor, list[str], dict]:
-        """Clips of the test split (clips, C, frames, H, W) with captions and truth; another seed, others."""
-        data = dataclasses.replace(self.model.data, split="test", num_images=0,
-                                   frames=frames or self.model.network.config.frames)
-        draw = stochastic_moving_mnist if data.dataset == "stochastic_moving_mnist" else moving_mnist
-        return draw(data, clips or self.c.clips, (7, seed))
-
-    def draw(self, seed: int, given: Callable[[SampleConfig, slice], Given] | None = None, frames: int = 0,
-             texts: list[str] | None = None, model: Model | None = None, **flags: Any) -> Tensor:
-        """--clips clips as sample.py draws them, with its flags; given(settings, which clips) is known."""
-        model, parts = model or self.model, []
-        frames = frames or model.network.config.frames
-        for first in range(0, self.c.clips, self.c.batch_size):
-            which = slice(first, min(first + self.c.batch_size, self.c.clips))
-            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, **flags,
-                             text="|".join(texts[which]) if texts else "")
-            with self.machine.autocast():
-                parts.append(sample.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
-        return torch.cat(parts).float().cpu()
-
-    def measure(self, x: Tensor) -> dict[str, float]:
-        """metrics.measure on clips of the model's length (longer ones in pieces), against real ones."""
-        length = self.model.network.config.frames
-        pieces = torch.cat([piece for piece in x.split(length, 2) if piece.shape[2] == length])
-        found = metrics.measure(pieces, self.features, self.model.data.digits, self.reference[1:])
-        return found | ({"FVD": metrics.fvd(self.reference[0], pieces, self.c.i3d)} if self.c.i3d else {})
-
-    @cached_property
-    def reference(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Real clips that Frechet distances are taken to, features of their frames and of them."""
-        x = self.real(10_000, clips=self.c.reference)[0]
-        return x, *metrics.observe(x, self.features, self.model.data.digits)[3:]
-
-    def bounds(self, more: Callable[[Tensor, int], dict] = lambda x, seed: {},
-               frames: int = 0) -> dict[str, Arm]:
-        """The two rows of real clips: the floor, and chance, whose frames come each from another clip."""
-        def arm(exchange: int, seed: int) -> dict[str, float]:
-            x = self.real(seed, frames)[0]
-            if exchange:
-                pool = self.real(20_000 + seed, frames, self.c.clips + x.shape[2])[0]
-                x = torch.stack([pool[f:][:len(x), :, f] for f in range(x.shape[2])], 2)
-            return self.measure(x) | more(x, seed)
-        return {"real clips (floor)": partial(arm, 0), "their frames exchanged (chance)": partial(arm, 1)}
+from ablations import blocks, joint, positions
+from data import DIRECTIONS
+from lab import HERE, Arm, EvaluateConfig, Lab, build
+from sample import Given, SampleConfig, nothing, show, show_small, smaller
 
 
 # ---- the experiments: name -> arms -----------------------------------------------------------------------
@@ -143,8 +63,8 @@ def guidance(lab: Lab) -> dict[str, Arm]:
     """
     def judged(x: Tensor, seed: int) -> dict[str, float]:
         _, captions, truth = lab.real(seed)
-        classes, places, *_ = metrics.observe(x, lab.features, lab.model.data.digits)
-        return {"digit_named": metrics.identity_true(classes, truth["labels"])} | (
+        places = metrics.observe(x, lab.features, lab.model.data.digits)[1]
+        return {"digit_named": lab.digit_named(x, truth)} | (
             {"direction_named": heading(places, captions)} if places.shape[2] == 1 else {})
 
     def arm(w: float, seed: int) -> dict[str, float]:
@@ -258,47 +178,42 @@ def equation_8(scale: int, w_r: float, lab: Lab, x: Tensor, seed: int) -> Tensor
     return lab.draw(seed, given, scale=scale, w_r=w_r, steps=lab.c.calls)
 
 
-def joint(lab: Lab) -> dict[str, Arm]:
-    """Table 4: image frames in training, at equal steps and at equal compute, which is the frames' number.
+def speed(lab: Lab) -> dict[str, Arm]:
+    """MagicVideo: frames per second are chosen when sampling, and a second network fills between key frames.
 
-    The paper, on other data: FVD with 0, 4, 8 image frames 202.28, 68.11, 57.84; FID-avg 37.52, 18.62, 15.57.
+    The model was trained with several strides (--frame_stride 1,2,4); captions, w = 1. "step" is the way of a
+    digit from frame to frame in pixels, and should be the real one's of the same speed.
     """
-    n, length = lab.c.train_steps, lab.model.network.config.frames
-    flags = {f"{k} image frames, {n} steps": dict(num_images=k, steps=n) for k in (0, 4, 8)}
-    flags |= {f"{k} image frames, compute of 8": dict(num_images=k, steps=n * (length + 8) // (length + k))
-              for k in (0, 4)}
-    return lab.bounds() | {name: partial(small_model, lab, flags[name], length) for name in flags}
+    def seen(x: Tensor, truth: dict) -> dict[str, float]:
+        classes, places, *_ = metrics.observe(x, lab.features, lab.model.data.digits)
+        return {"step": places.diff(dim=1).norm(dim=3).mean().item(), "digit_named": lab.digit_named(x, truth),
+                "identity_kept": metrics.identity_kept(classes)}
+
+    def real(stride: int, seed: int) -> dict[str, float]:
+        x, _, truth = lab.real(seed, stride=stride)
+        return seen(x, truth)
+
+    def drawn(stride: int, seed: int) -> tuple[Tensor, dict]:
+        _, texts, truth = lab.real(seed, stride=stride)
+        return lab.draw(seed, texts=texts, w=1.0, fps=8 / stride, steps=lab.c.calls), truth
+
+    def both(seed: int) -> dict[str, float]:
+        model, _ = sample.load_model(HERE / lab.c.interpolator, lab.machine.device)
+        x, truth = drawn(model.network.config.frames - 1, seed)
+        s = SampleConfig(num=len(x), seed=seed, steps=lab.c.calls)
+        with lab.machine.autocast():
+            filled = sample.fill(model, s, sample.gaps(model, s, sample.inside(model, x)))
+        return seen(sample.joined(filled, len(x)), truth)
+
+    strides = sorted(lab.model.data.frame_stride)
+    return ({f"real clips, {8 / stride:g} fps": partial(real, stride) for stride in strides}
+            | {f"drawn with --fps {8 / stride:g}": lambda seed, stride=stride: seen(*drawn(stride, seed))
+               for stride in strides}
+            | {"key frames, then the frames between them": both})
 
 
-def positions(lab: Lab) -> dict[str, Arm]:
-    """Section 3: relative positions against none, at the trained length and at twice as many frames.
-
-    Twice as many frames are measured as twice as many clips, which lowers Frechet distances by itself.
-    """
-    length, common = lab.model.network.config.frames, dict(steps=lab.c.train_steps, num_images=0)
-    flags = {name: dict(relative_positions=name == "Shaw") | common for name in ("Shaw", "none")}
-    return lab.bounds() | {f"{name}, {frames} frames": partial(small_model, lab, flags[name], frames)
-                           for name in flags for frames in (length, 2 * length)}
-
-
-def small_model(lab: Lab, flags: dict[str, Any], frames: int, seed: int) -> dict[str, float]:
-    """Trains a narrow unconditional model with flags, or finds it in --out, and measures its clips."""
-    flags = flags | dict(size=lab.model.data.size, digits=lab.model.data.digits, seed=seed)
-    folder = Path(lab.c.out) / "runs" / "-".join(f"{key}_{value}" for key, value in flags.items())
-    done = folder / f"checkpoint_{flags['steps']:08d}.pt"
-    if not done.exists():
-        values = flags | dict(preset="cpu", dim=24, head_dim=16, cond_dim=0, device=lab.c.device, out=folder,
-                              precision=lab.c.precision, threads=lab.c.threads, preview_every=100_000_000)
-        if list(folder.glob("checkpoint_*.pt")):
-            values = {"resume": folder}  # it was interrupted
-        words = [[f"--no-{k}"] if v is False else [f"--{k}"] if v is True else [f"--{k}", str(v)]
-                 for k, v in values.items()]
-        if subprocess.run([sys.executable, str(HERE / "train.py"), *sum(words, [])]).returncode:
-            raise ValueError(f"the training into {folder} did not end well; the same command goes on with it")
-    model, _ = sample.load_model(done, lab.machine.device)
-    model.network.config.frames = frames  # all in one block; the tables keep their reach
-    return lab.measure(lab.draw(seed, model=model, steps=lab.c.calls))
-
+EXPERIMENTS = {"samplers": samplers, "joint": joint, "guidance": guidance, "extend": extend, "predict": predict,
+               "super_resolve": super_resolve, "positions": positions, "blocks": blocks, "speed": speed}
 
 # ---- the table -------------------------------------------------------------------------------------------
 
@@ -318,24 +233,6 @@ def _cell(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3g}" if values else ""
     return f"{statistics.fmean(values):.3g} ± {torch.tensor(values).std():.1g}"  # stdev() fails on nan
-
-
-def build(c: EvaluateConfig) -> Lab:
-    """The model and the networks that measure, from their files; ValueError where they do not fit."""
-    machine = start(c.device, c.precision, c.threads)
-    path = sample.find(str(HERE / c.checkpoint))  # an absolute path stays what it is
-    model, _ = sample.load_model(path, machine.device)
-    features = metrics.load_features(HERE / c.features)
-    drawn = (model.network.config.size, model.data.digits)
-    if model.data.dataset != "moving_mnist" and (model.data.dataset, c.experiment) != (
-            "stochastic_moving_mnist", "predict"):
-        raise ValueError(f"{path} draws {model.data.dataset}, and {c.experiment} measures moving_mnist alone")
-    if c.experiment in ("guidance", "extend") and not model.text.cond_dim:
-        raise ValueError(f"{path} was trained without captions, and --experiment {c.experiment} needs them")
-    if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
-        raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
-                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python metrics.py")
-    return Lab(c, path, model, features, machine)
 
 
 def write(lab: Lab, about: str, text: str, raw: dict[str, Any], minutes: float) -> str:
@@ -361,8 +258,7 @@ def main() -> None:
                                 out=f"{c.out}/quick")  # beside the results that were meant
     lab, begun = build(c), time.time()
     Path(c.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
-    experiment = {"samplers": samplers, "joint": joint, "guidance": guidance, "extend": extend,
-                  "predict": predict, "super_resolve": super_resolve, "positions": positions}[c.experiment]
+    experiment = EXPERIMENTS[c.experiment]
     text, raw = table(experiment(lab), c.seeds)
     print(write(lab, inspect.getdoc(experiment), text, raw, (time.time() - begun) / 60))
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from unet3d import UNet3D, UNetConfig
 
 PARTS = DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig
 SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
-Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"]
+Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade", "key_frames"]
 
 
 @dataclass
@@ -35,7 +36,7 @@ class SampleConfig:
     """What to draw, and how."""
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
-    base: str = ""  # cascade: the model that draws the small, slow clip; else a real one is made so
+    base: str = ""  # cascade, key_frames: the model that draws what is given; else it is a real clip
     text: str = ""  # caption of the clips, or several taking turns, separated by |; none: unconditional
     fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips
@@ -104,22 +105,23 @@ def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]
         data, unet, diffusion, text, latent = config.rebuild(settings := content["settings"], *PARTS)
         network = NETWORKS[settings.get("arch", "unet3d")](unet)
         network.load_state_dict(content["ema"])
-        inside = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
+        coder = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
     network = network.to(device, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
-    return Model(network, data, diffusion, text, device, inside), settings
+    return Model(network, data, diffusion, text, device, coder), settings
 
 
-def text_guided(model: Model, s: SampleConfig) -> Denoiser:
+def text_guided(model: Model, s: SampleConfig, keys: Tensor | None = None) -> Denoiser:
     """The model's denoiser for --text, with classifier-free guidance of weight --w; c = 0 without a text."""
-    if not s.text:
-        return denoiser(model.network, model.diffusion)
-    cond = embed(captions(s), model.text).to(model.device)
-    return classifier_free(denoiser(model.network, model.diffusion, cond),
-                           denoiser(model.network, model.diffusion), s.w)
+    plain = denoiser(model.network, model.diffusion, keys=keys)
+    if not s.text or not model.text.cond_dim:
+        return plain
+    texts = captions(s) if keys is None else captions(dataclasses.replace(s, fps=0)) * (len(keys) // s.num)
+    cond = embed(texts, model.text).to(model.device)
+    return classifier_free(denoiser(model.network, model.diffusion, cond, keys), plain, s.w)
 
 
 def captions(s: SampleConfig) -> list[str]:
@@ -132,8 +134,8 @@ def captions(s: SampleConfig) -> list[str]:
 
 def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
-    generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s)
-    length = model.network.config.frames
+    length, keys = model.network.config.frames, given.x if model.network.config.keys else None
+    generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s, keys)
     starts = block_starts(given.known, length, overlap(model, s))
     calls = s.steps if not s.delta else 2 * s.steps - 1
     video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)
@@ -162,6 +164,8 @@ def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
 def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: torch.Generator) -> Tensor:
     """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
     known, constrain = given.known[:, None, None], identity
+    if model.network.config.keys:
+        known = torch.zeros_like(known)  # its denoiser knows them
     if known.any():
         constrain = replacement(given.x.clone(), known, noise)
     if given.low is not None or known.any() and s.method == "reconstruction":
@@ -235,14 +239,44 @@ def cascade(model: Model, s: SampleConfig) -> Given:
     if not s.base:
         x, frames = slow_clip(model, s)
         return show_small(nothing(model, s, frames), s.stride, smaller(x, s.scale))
-    base, _ = load_model(find(s.base), model.device)
-    check(base, dataclasses.replace(s, scale=1))
-    small, large = base.network.config, model.network.config
-    if (small.size * s.scale, small.channels) != (large.size, large.channels):
-        raise ValueError(f"--base draws frames of {small.channels} x {small.size} px, but --scale {s.scale} "
-                         f"needs {large.channels} x {large.size // s.scale} px")
-    x = fill(base, s, nothing(base, s, (s.frames - 1) // s.stride + 1 if s.frames else small.frames))
+    x = drawn_by_base(model, s, s.scale, (s.frames - 1) // s.stride + 1)
     return show_small(nothing(model, s, s.frames or (x.shape[2] - 1) * s.stride + 1), s.stride, x)
+
+
+def drawn_by_base(model: Model, s: SampleConfig, scale: int, frames: int) -> Tensor:
+    """The clips that --base draws of as many frames (0: its own length), scale times smaller than model's."""
+    base, _ = load_model(find(s.base), model.device)
+    check(base, dataclasses.replace(s, mode="generate", base="", input=""))
+    small, large = base.data, model.data
+    if (small.size * scale, small.channels) != (large.size, large.channels):
+        raise ValueError(f"--base draws frames of {small.channels} x {small.size} px, but "
+                         f"{large.channels} x {large.size // scale} px are needed")
+    return fill(base, s, nothing(base, s, frames or base.network.config.frames))
+
+
+def key_frames(model: Model, s: SampleConfig) -> Given:
+    """The gaps between neighbouring key frames (MagicVideo), which --base draws or which are of a slow clip."""
+    gap = model.network.config.frames - 1
+    if s.base:
+        return gaps(model, s, inside(model, drawn_by_base(model, s, 1, s.frames and (s.frames - 1) // gap + 1)))
+    frames = s.frames or (0 if s.input else 4 * gap + 1)
+    return gaps(model, s, slow_clip(model, dataclasses.replace(s, stride=gap, frames=frames))[0])
+
+
+def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
+    """Both ends of each gap of the key frames (B, C, n + 1, H, W): every clip's first gap, then every clip's
+    second, ..., (n B, C, gap + 1, H, W)."""
+    if keys.shape[2] < 2:
+        raise ValueError("one key frame has no neighbour: --frames must be more, or --input longer")
+    pairs = rearrange([keys[:, :, :-1], keys[:, :, 1:]], "two b c n h w -> (n b) c two h w")
+    whole = nothing(model, dataclasses.replace(s, num=len(pairs)), length := model.network.config.frames)
+    return show(whole, slice(None, None, length - 1), pairs)
+
+
+def joined(gaps: Tensor, clips: int) -> Tensor:
+    """The videos (clips, C, n * gap + 1, H, W) of their gaps (n * clips, C, gap + 1, H, W)."""
+    video = rearrange(gaps[:, :, :-1], "(n b) c f h w -> b c (n f) h w", b=clips)
+    return torch.cat([video, gaps[-clips:, :, -1:]], 2)
 
 
 def nothing(model: Model, s: SampleConfig, frames: int) -> Given:
@@ -280,15 +314,19 @@ def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
 
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
     """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
-    encode = model.autoencoder.latents if model.autoencoder else torch.Tensor.float  # frames given as latents
     if not s.input:
         data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
                                    frame_stride=(min(model.data.frame_stride) * stride,))
-        return encode(next(batches(data, s.num, s.seed))[0].to(model.device))
+        return inside(model, next(batches(data, s.num, s.seed))[0])
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
         raise ValueError(f"--input {s.input} has {x.shape[1]} frames, {frames} are needed")
-    return encode(x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1).to(model.device))
+    return inside(model, x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1))
+
+
+def inside(model: Model, x: Tensor) -> Tensor:
+    """The frames as the network knows them: its autoencoder's latents, if it draws those."""
+    return model.autoencoder.latents(x.to(model.device)) if model.autoencoder else x.to(model.device)
 
 
 # ---- the program -----------------------------------------------------------------------------------------
@@ -302,7 +340,9 @@ def check(model: Model, s: SampleConfig) -> None:
         f"--overlap {k} must be less than the model's {length} frames": k >= length,
         f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
         "--text needs a model trained with captions, and this one is unconditional":
-            s.text and not model.text.cond_dim,
+            s.text and not model.text.cond_dim and not (s.mode == "key_frames" and s.base),
+        "--mode key_frames needs a model trained with --keys, and a model trained so knows no other mode":
+            (s.mode == "key_frames") != model.network.config.keys,
         "--fps is said after a caption: it needs --text": s.fps and not s.text,
         "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
         f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
@@ -313,8 +353,9 @@ def check(model: Model, s: SampleConfig) -> None:
         f"--mode predict needs a model of two frames or more, and this one has {length}":
             s.mode == "predict" and k == 0,
         f"--mode {s.mode} is given small frames, and this model draws latents": small and model.autoencoder,
-        f"--base belongs to --mode cascade, not {s.mode}": s.base and s.mode != "cascade",
-        "--input is for modes that are given frames: not generate, nor cascade with --base":
+        f"--base belongs to --mode cascade and key_frames, not {s.mode}":
+            s.base and s.mode not in ("cascade", "key_frames"),
+        "--input is for modes that are given frames: not generate, nor with --base":
             s.input and (s.mode == "generate" or s.base),
     }
     for sentence, holds in wrong.items():
@@ -331,12 +372,15 @@ def main() -> None:
     check(model, s)
     print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px")
     mode = {"generate": generate, "predict": predict, "extend": extend, "interpolate": interpolate,
-            "super_resolve": super_resolve, "cascade": cascade}[s.mode]
+            "super_resolve": super_resolve, "cascade": cascade, "key_frames": key_frames}[s.mode]
     with machine.autocast():
         given = mode(model, s)
         Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
         video = fill(model, s, given)
     marks = given.known if given.low is None else given.known | given.low_known
+    if s.mode == "key_frames":
+        video = joined(video, s.num)
+        marks = torch.arange(video.shape[2]) % (len(marks) - 1) == 0
     for written in save_video(video, free_name(Path(s.out), s.mode), known=marks):
         print(written)
 

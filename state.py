@@ -28,6 +28,7 @@ class TrainConfig:
     """How to train."""
     preset: str = ""  # cpu, cpu_wide, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128
     arch: Literal["unet3d", "magicvideo", "autoencoder"] = "unet3d"  # what is trained; see README.md
+    init: str = ""  # run or checkpoint whose averaged weights and network a new run begins with
     latent: str = ""  # run or checkpoint of an autoencoder, in whose latents the network diffuses
     steps: int = 20_000  # [1, 100000000] optimizer steps
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
@@ -96,11 +97,10 @@ def settings(argv: list[str] | None = None) -> Settings:
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         if not given.get("resume"):
             hardware = {"preset": find_device(given.get("device", "auto")).type}  # cpu or cuda
-            return hardware | (settings_of(given["latent"]) if given.get("latent") else {})
-        if "preset" in given:
-            raise ValueError("--preset chooses what a new run starts from; it cannot be given with --resume")
-        if "latent" in given:
-            raise ValueError("--latent chooses what a new run diffuses; it cannot be given with --resume")
+            return hardware | start_of(given.get("init"), given.get("latent"))
+        for name in ("preset", "init", "latent"):
+            if name in given:
+                raise ValueError(f"--{name} chooses what a new run starts from, and --resume goes on with one")
         path = checkpoint.newest(Path(given["resume"]))
         content = checkpoint.load(path)
         if not isinstance(content.get("settings"), dict) or not {"optimizer", "step"} <= set(content):
@@ -116,22 +116,33 @@ def settings(argv: list[str] | None = None) -> Settings:
     if s.train.latent and s.diffusion.prediction == "eps":
         raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
     if s.unet.latent_factor != (s.autoencoder.factor if s.train.latent else 1):
-        raise ValueError("--latent_factor follows from the autoencoder of --latent: leave it out")
+        raise ValueError("--latent_factor follows from the autoencoder, which --latent names")
     return s
 
 
-def load_autoencoder(path: str) -> dict[str, Any]:
-    """The checkpoint of an autoencoder, from its file or its run's folder; else ValueError."""
+def load_weights(flag: str, path: str, coder: bool) -> dict[str, Any]:
+    """The checkpoint, from its file or its run's folder, of an autoencoder or of a network; else ValueError."""
     content = checkpoint.load(checkpoint.newest(Path(path)) if Path(path).is_dir() else path)
-    if not isinstance(s := content.get("settings"), dict) or s.get("arch") != "autoencoder":
-        raise ValueError(f"--latent {path} holds no autoencoder; train.py --arch autoencoder trains one")
+    found = content.get("settings")
+    if not isinstance(found, dict) or "ema" not in content or (found.get("arch") == "autoencoder") != coder:
+        what = "autoencoder; train.py --arch autoencoder trains one" if coder else "network that diffuses"
+        raise ValueError(f"--{flag} {path} holds no {what}")
     return content
 
 
-def settings_of(latent: str) -> dict[str, Any]:
-    """What a run takes over from the autoencoder whose latents it diffuses."""
-    found = config.rebuild(load_autoencoder(latent)["settings"], AutoencoderConfig)[0]
-    return vars(found) | {"latent_factor": found.factor}
+def start_of(init: str | None, latent: str | None) -> dict[str, Any]:
+    """What a new run takes over: all of the network whose weights it begins with but how it was trained, and
+    the autoencoder whose latents it diffuses.
+    """
+    found = []
+    if init:
+        stored = load_weights("init", init, False)["settings"]
+        found += config.rebuild(stored, UNetConfig, DiffusionConfig, TextConfig)
+    if latent:
+        found += config.rebuild(load_weights("latent", latent, True)["settings"], AutoencoderConfig)
+    taken = {name: value for part in found for name, value in vars(part).items()}
+    taken |= {"arch": config.rebuild(stored, TrainConfig)[0].arch} if init else {}
+    return taken | ({"latent_factor": taken["factor"]} if latent else {})
 
 
 def build(s: Settings, device: torch.device) -> State:
@@ -139,6 +150,8 @@ def build(s: Settings, device: torch.device) -> State:
     torch.manual_seed(s.train.seed)
     coder = s.train.arch == "autoencoder"
     model = Autoencoder(s.autoencoder) if coder else NETWORKS[s.train.arch](s.unet)
+    if s.train.init and not s.train.resume:
+        begin(model, s)
     model = model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
@@ -159,10 +172,18 @@ def build(s: Settings, device: torch.device) -> State:
     return state
 
 
+def begin(model: nn.Module, s: Settings) -> None:
+    """Puts the averaged weights of --init into the network."""
+    try:
+        model.load_state_dict(load_weights("init", s.train.init, False)["ema"])
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"--init {s.train.init} holds another network than the flags say") from None
+
+
 def measured(s: Settings, device: torch.device) -> Autoencoder:
     """The autoencoder of --latent, with the scale that gives the latents of 64 clips unit variance."""
     try:
-        model = frozen(s.autoencoder, load_autoencoder(s.train.latent)["ema"], device)
+        model = frozen(s.autoencoder, load_weights("latent", s.train.latent, True)["ema"], device)
     except (RuntimeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--latent {s.train.latent} holds another autoencoder than the flags say") from None
     clips = replace(s.data, num_images=0)

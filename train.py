@@ -54,7 +54,8 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
         kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
         cond = (cond * kept[..., None, None]).to(machine.device)
     with machine.autocast():
-        return loss(network, x.to(machine.device), s.diffusion, cond, s.data.num_images).mean()
+        return loss(network, x.to(machine.device), s.diffusion, cond, s.data.num_images,
+                    keys=s.unet.keys).mean()
 
 
 def condition(captions: list[list[str]], text: TextConfig) -> Tensor | None:
@@ -161,7 +162,8 @@ def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings, machin
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # always the same
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(machine.device)
     cond = None if cond is None else cond.to(machine.device)
-    denoise = denoiser(state.ema.module, s.diffusion, cond)
+    keys = x.to(machine.device) if s.unet.keys else None
+    denoise = denoiser(state.ema.module, s.diffusion, cond, keys)
     if state.autoencoder:  # latents have no bounds
         return state.autoencoder.video(dpm_solver(denoise, z, logsnrs))
     return dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)

@@ -36,11 +36,14 @@ class UNetConfig:
     latent_factor: int = 1  # [1, 16] frames are so many times smaller inside an autoencoder; --latent sets it
     latent_channels: int = 4  # [1, 64] channels of a latent
     mask: Literal["before", "after"] = "before"  # magicvideo: directed attention masked around the softmax
+    keys: bool = False  # the first and the last frame are given: a network that interpolates (MagicVideo)
     patch: int = 1  # [1, 16] space-to-depth factor at the entry; 1 is the paper
     scale_shift: bool = False  # let the embedding scale and shift the norm instead of being added
     checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
     def __post_init__(self):
+        if self.keys and self.frames < 3:
+            raise ValueError("--keys needs --frames 3 or more: the first and the last are given")
         factor = self.latent_factor * self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
             raise ValueError(f"--size {self.size} is not divisible by {factor}, which follows from "
@@ -218,7 +221,7 @@ def per_frame(y: Tensor, frames: int) -> Tensor:
 class UNet3D(nn.Module):
     """The network of section 3: (z, logsnr, cond, num_images) -> eps or v, shaped like z.
 
-    z: (B, C, F + num_images, H, W); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond:
+    z: (B, C, F + num_images, H, W), with config.keys three times as many channels (diffusion.reveal); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond:
     token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for
     each image frame; None is c = 0. block and embedding are what another network exchanges, magicvideo.py.
     """
@@ -233,7 +236,8 @@ class UNet3D(nn.Module):
         attends = [config.size // config.patch // 2**i in config.attention_resolutions
                    for i in range(len(dims))]
         self.embedding = embedding(config)
-        self.entry = nn.Conv2d(config.channels * config.patch**2, dims[0], 3, padding=1)
+        self.channels = config.channels * (3 if config.keys else 1)  # diffusion.reveal adds the key frames
+        self.entry = nn.Conv2d(self.channels * config.patch**2, dims[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(block(before if i == 0 else dim, dim, attend, config) for i in range(config.blocks))
             for before, dim, attend in zip(dims[:1] + dims, dims, attends))
@@ -248,7 +252,7 @@ class UNet3D(nn.Module):
 
     def forward(self, z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
         b, c, f, h, w = z.shape  # f counts the image frames too
-        assert c == self.config.channels and num_images < f, (z.shape, self.config.channels, num_images)
+        assert (c, num_images < f) == (self.channels, True), (z.shape, self.channels, num_images)
         assert cond is None or cond.dim() == 3 or cond.shape[1] in (1, 1 + num_images), (
             cond.shape, num_images)
         p, context = self.config.patch, self.context(z, logsnr, cond, num_images)

@@ -1,0 +1,138 @@
+"""Experiments of evaluate.py that train small models of their own, by train.py, and compare those."""
+import json
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import config
+import cost
+import sample
+from autoencoder import Autoencoder
+from lab import HERE, Arm, Lab
+from state import settings
+
+
+def joint(lab: Lab) -> dict[str, Arm]:
+    """Table 4: image frames in training, at equal steps and at equal compute, which is the frames' number.
+
+    The paper, on other data: FVD with 0, 4, 8 image frames 202.28, 68.11, 57.84; FID-avg 37.52, 18.62, 15.57.
+    """
+    n, length = lab.c.train_steps, lab.model.network.config.frames
+    flags = {f"{k} image frames, {n} steps": dict(num_images=k, steps=n) for k in (0, 4, 8)}
+    flags |= {f"{k} image frames, compute of 8": dict(num_images=k, steps=n * (length + 8) // (length + k))
+              for k in (0, 4)}
+    return lab.bounds() | {name: partial(small_model, lab, flags[name], length) for name in flags}
+
+
+def positions(lab: Lab) -> dict[str, Arm]:
+    """Section 3: relative positions against none, at the trained length and at twice as many frames.
+
+    Twice as many frames are measured as twice as many clips, which lowers Frechet distances by itself.
+    """
+    length, common = lab.model.network.config.frames, dict(steps=lab.c.train_steps, num_images=0)
+    flags = {name: dict(relative_positions=name == "Shaw") | common for name in ("Shaw", "none")}
+    return lab.bounds() | {f"{name}, {frames} frames": partial(small_model, lab, flags[name], frames)
+                           for name in flags for frames in (length, 2 * length)}
+
+
+def small_model(lab: Lab, flags: dict[str, Any], frames: int, seed: int) -> dict[str, float]:
+    """Trains a narrow unconditional model with flags, or finds it in --out, and measures its clips."""
+    model, _ = sample.load_model(trained(lab, {"cond_dim": 0} | flags, seed), lab.machine.device)
+    model.network.config.frames = frames  # all in one block; the tables keep their reach
+    return lab.measure(lab.draw(seed, model=model, steps=lab.c.calls))
+
+
+def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
+    """The checkpoint of a narrow model trained with flags and seed, or found in --out."""
+    folder = Path(lab.c.out) / "runs" / "-".join(
+        f"{key}_{value}".replace("/", "_") for key, value in (flags | {"seed": seed}).items())
+    done = folder / f"checkpoint_{flags['steps']:08d}.pt"
+    if not done.exists():
+        values = narrow(lab, flags) | dict(seed=seed, out=folder, device=lab.c.device, threads=lab.c.threads,
+                                           precision=lab.c.precision, preview_every=100_000_000)
+        if list(folder.glob("checkpoint_*.pt")):
+            values = {"resume": folder}  # it was interrupted
+        if subprocess.run([sys.executable, str(HERE / "train.py"), *words(values)]).returncode:
+            raise ValueError(f"the training into {folder} did not end well; the same command goes on with it")
+    return done
+
+
+def narrow(lab: Lab, flags: dict[str, Any]) -> dict[str, Any]:
+    """All flags of a small model for clips like the laboratory's."""
+    return dict(preset="cpu", dim=24, head_dim=16, size=lab.model.data.size, digits=lab.model.data.digits) | flags
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """The command line that gives these flags."""
+    pairs = [[f"--no-{k}"] if v is False else [f"--{k}"] if v is True else [f"--{k}", str(v)]
+             for k, v in flags.items()]
+    return sum(pairs, [])
+
+
+def blocks(lab: Lab) -> dict[str, Arm]:
+    """MagicVideo: its block against VDM's, in pixels and in latents, with as many parameters and as long a
+    training; captions, w = 1.
+
+    FLOPs are of a clip's forward and backward pass, with its encoding. The paper, on other data: 64 times
+    fewer FLOPs than VDM; UCF101, zero shot: FVD 699 and 655.
+    """
+    latents = dict(latent=HERE / lab.c.autoencoder, patch=1, dim_mults="1,2,4", attention_resolutions="8,4,2")
+    arms = {f"{name} block, {space}": {"arch": arch, "num_images": 4} | where
+            for space, where in (("pixels", {}), ("latents", latents))
+            for name, arch in (("VDM", "unet3d"), ("MagicVideo", "magicvideo"))}
+    target = parameters(lab, next(iter(arms.values())))
+    for flags in arms.values():
+        flags["dim"] = min(range(8, 129, 4), key=lambda dim: abs(parameters(lab, flags | {"dim": dim}) - target))
+
+    def arm(flags: dict[str, Any], seed: int) -> dict[str, float]:
+        done = trained(lab, flags | {"steps": steps_in_time(lab, flags)}, seed)
+        model, _ = sample.load_model(done, lab.machine.device)
+        _, texts, truth = lab.real(seed)
+        begun = time.perf_counter()
+        x = lab.draw(seed, model=model, texts=texts, w=1.0, steps=lab.c.calls)
+        seconds = (time.perf_counter() - begun) / lab.c.clips
+        return bill(lab, flags, done.parent) | {"seconds_per_sample": seconds} | lab.measure(x) | {
+            "digit_named": lab.digit_named(x, truth)}
+    return lab.bounds() | {name: partial(arm, flags) for name, flags in arms.items()}
+
+
+def parameters(lab: Lab, flags: dict[str, Any]) -> int:
+    """The number of parameters of the network that flags make."""
+    s = settings(words(narrow(lab, flags)))
+    return cost.count(cost.network(s.unet, s.train.arch))
+
+
+def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
+    """The optimizer steps that fit into --train_minutes, by a short run of the same model."""
+    n = min(60, lab.c.train_steps)
+    folder = trained(lab, flags | {"steps": n, "log_every": max(1, n // 3)}, 0).parent
+    batch = config.PRESETS["cpu"]["batch_size"]
+    return max(2, round(60 * lab.c.train_minutes * speed_of(folder) / batch / 50) * 50)
+
+
+def speed_of(run: Path) -> float:
+    """The median of a run's training clips per second."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return statistics.median(json.loads(line)["clips_per_second"] for line in lines[1:] or lines)
+
+
+def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:
+    """What training costs: parameters in millions, GFLOP per clip, clips per second, minutes of the run."""
+    s = settings(words(narrow(lab, flags)))
+    count, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens, s.train.arch)
+    if s.train.latent:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            x = torch.empty(1, s.data.channels, s.data.frames + s.data.num_images, s.data.size, s.data.size)
+            Autoencoder(s.autoencoder).encode(x)
+        flops += counter.get_total_flops()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    every = lines[0]["step"] * s.train.batch_size
+    return {"million_parameters": count / 1e6, "gflop_per_clip": flops / 1e9, "clips_per_second": speed_of(run),
+            "training_minutes": sum(every / line["clips_per_second"] for line in lines) / 60}

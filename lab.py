@@ -1,0 +1,123 @@
+"""The laboratory of evaluate.py: a model, the networks that measure, real clips, and drawn ones."""
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import metrics
+import sample
+from data import moving_mnist, stochastic_moving_mnist
+from machine import Machine, start
+from sample import Given, Model, SampleConfig, nothing
+
+HERE = Path(__file__).parent
+Arm = Callable[[int], dict[str, float]]  # seed -> what was measured
+Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "super_resolve", "positions",
+                     "blocks", "speed"]
+
+
+@dataclass
+class EvaluateConfig:
+    """Which experiment, on which model, how large."""
+    experiment: Experiment = "samplers"  # which of the paper's tables
+    checkpoint: str = "pretrained/moving_mnist_32.pt"  # a checkpoint or a run's folder
+    features: str = "pretrained/features_32.pt"  # the networks that measure, trained by metrics.py
+    clips: int = 32  # [2, 100000] clips of each arm and seed
+    reference: int = 256  # [2, 100000] real clips that every Frechet distance is taken to
+    batch_size: int = 8  # [1, 1024] clips drawn at once
+    seeds: int = 3  # [1, 100] seeds of each arm
+    calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
+    frames: int = 64  # [17, 1000] extend: frames of the result
+    train_steps: int = 2000  # [1, 100000000] joint, positions: optimizer steps of their small models
+    train_minutes: float = 4.0  # (0, 10000] blocks: minutes of training of each of its models
+    autoencoder: str = "pretrained/autoencoder_32.pt"  # blocks: whose latents its models draw
+    interpolator: str = "pretrained/interpolate_32.pt"  # speed: fills the frames between key frames
+    quick: bool = False  # few clips, one seed, few calls: minutes, and only to see that it works
+    i3d: str = ""  # a TorchScript I3D file that you trust: adds FVD
+    out: str = "results"  # folder of NAME.md and NAME.json
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
+    threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
+
+
+@dataclass
+class Lab:
+    """What every experiment needs."""
+    c: EvaluateConfig
+    path: Path  # of the model's checkpoint
+    model: Model
+    features: metrics.Features
+    machine: Machine
+
+    def real(self, seed: int, frames: int = 0, clips: int = 0, stride: int = 0) -> tuple[Tensor, list, dict]:
+        """Clips of the test split (clips, C, frames, H, W) with captions and truth; another seed, others."""
+        data = dataclasses.replace(self.model.data, split="test", num_images=0, short_captions=0.0,
+                                   frames=frames or self.model.network.config.frames,
+                                   frame_stride=(stride or min(self.model.data.frame_stride),))
+        draw = stochastic_moving_mnist if data.dataset == "stochastic_moving_mnist" else moving_mnist
+        return draw(data, clips or self.c.clips, (7, seed))
+
+    def draw(self, seed: int, given: Callable[[SampleConfig, slice], Given] | None = None, frames: int = 0,
+             texts: list[str] | None = None, model: Model | None = None, **flags: Any) -> Tensor:
+        """--clips clips as sample.py draws them, with its flags; given(settings, which clips) is known."""
+        model, parts = model or self.model, []
+        frames = frames or model.network.config.frames
+        for first in range(0, self.c.clips, self.c.batch_size):
+            which = slice(first, min(first + self.c.batch_size, self.c.clips))
+            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, **flags,
+                             text="|".join(texts[which]) if texts else "")
+            with self.machine.autocast():
+                parts.append(sample.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
+        return torch.cat(parts).float().cpu()
+
+    def measure(self, x: Tensor) -> dict[str, float]:
+        """metrics.measure on clips of the model's length (longer ones in pieces), against real ones."""
+        length = self.model.network.config.frames
+        pieces = torch.cat([piece for piece in x.split(length, 2) if piece.shape[2] == length])
+        found = metrics.measure(pieces, self.features, self.model.data.digits, self.reference[1:])
+        return found | ({"FVD": metrics.fvd(self.reference[0], pieces, self.c.i3d)} if self.c.i3d else {})
+
+    def digit_named(self, x: Tensor, truth: dict) -> float:
+        """Share of the frames that show the digits of the truth."""
+        classes = metrics.observe(x, self.features, self.model.data.digits)[0]
+        return metrics.identity_true(classes, truth["labels"])
+
+    @cached_property
+    def reference(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Real clips that Frechet distances are taken to, features of their frames and of them."""
+        x = self.real(10_000, clips=self.c.reference)[0]
+        return x, *metrics.observe(x, self.features, self.model.data.digits)[3:]
+
+    def bounds(self, more: Callable[[Tensor, int], dict] = lambda x, seed: {},
+               frames: int = 0) -> dict[str, Arm]:
+        """The two rows of real clips: the floor, and chance, whose frames come each from another clip."""
+        def arm(exchange: int, seed: int) -> dict[str, float]:
+            x = self.real(seed, frames)[0]
+            if exchange:
+                pool = self.real(20_000 + seed, frames, self.c.clips + x.shape[2])[0]
+                x = torch.stack([pool[f:][:len(x), :, f] for f in range(x.shape[2])], 2)
+            return self.measure(x) | more(x, seed)
+        return {"real clips (floor)": partial(arm, 0), "their frames exchanged (chance)": partial(arm, 1)}
+
+
+def build(c: EvaluateConfig) -> Lab:
+    """The model and the networks that measure, from their files; ValueError where they do not fit."""
+    machine = start(c.device, c.precision, c.threads)
+    path = sample.find(str(HERE / c.checkpoint))  # an absolute path stays what it is
+    model, _ = sample.load_model(path, machine.device)
+    features = metrics.load_features(HERE / c.features)
+    drawn = (model.network.config.size, model.data.digits)
+    if model.data.dataset != "moving_mnist" and (model.data.dataset, c.experiment) != (
+            "stochastic_moving_mnist", "predict"):
+        raise ValueError(f"{path} draws {model.data.dataset}, and {c.experiment} measures moving_mnist alone")
+    if c.experiment in ("guidance", "extend", "speed") and not model.text.cond_dim:
+        raise ValueError(f"{path} was trained without captions, and --experiment {c.experiment} needs them")
+    if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
+        raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
+                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python metrics.py")
+    return Lab(c, path, model, features, machine)
