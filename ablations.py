@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import cost
-import sample
 from autoencoder import Autoencoder
+from infill import load_model
 from lab import HERE, Arm, Lab
 from state import settings
 
@@ -44,7 +44,7 @@ def positions(lab: Lab) -> dict[str, Arm]:
 
 def small_model(lab: Lab, flags: dict[str, Any], frames: int, seed: int) -> dict[str, float]:
     """Trains a narrow unconditional model with flags, or finds it in --out, and measures its clips."""
-    model, _ = sample.load_model(trained(lab, {"cond_dim": 0} | flags, seed), lab.machine.device)
+    model, _ = load_model(trained(lab, {"cond_dim": 0} | flags, seed), lab.machine.device)
     model.network.config.frames = frames  # all in one block; the tables keep their reach
     return lab.measure(lab.draw(seed, model=model, steps=lab.c.calls))
 
@@ -66,7 +66,8 @@ def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
 
 def narrow(lab: Lab, flags: dict[str, Any]) -> dict[str, Any]:
     """All flags of a small model for clips like the laboratory's."""
-    return dict(preset="cpu", dim=24, head_dim=16, size=lab.model.data.size, digits=lab.model.data.digits) | flags
+    data = lab.model.data
+    return dict(preset="cpu", dim=24, head_dim=16, size=data.size, digits=data.digits) | flags
 
 
 def words(flags: dict[str, Any]) -> list[str]:
@@ -89,11 +90,12 @@ def blocks(lab: Lab) -> dict[str, Arm]:
             for name, arch in (("VDM", "unet3d"), ("MagicVideo", "magicvideo"))}
     target = parameters(lab, next(iter(arms.values())))
     for flags in arms.values():
-        flags["dim"] = min(range(8, 129, 4), key=lambda dim: abs(parameters(lab, flags | {"dim": dim}) - target))
+        flags["dim"] = min(range(8, 129, 4),
+                           key=lambda dim: abs(parameters(lab, flags | {"dim": dim}) - target))
 
     def arm(flags: dict[str, Any], seed: int) -> dict[str, float]:
         done = trained(lab, flags | {"steps": steps_in_time(lab, flags)}, seed)
-        model, _ = sample.load_model(done, lab.machine.device)
+        model, _ = load_model(done, lab.machine.device)
         _, texts, truth = lab.real(seed)
         begun = time.perf_counter()
         x = lab.draw(seed, model=model, texts=texts, w=1.0, steps=lab.c.calls)
@@ -134,5 +136,5 @@ def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:
         flops += counter.get_total_flops()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     every = lines[0]["step"] * s.train.batch_size
-    return {"million_parameters": count / 1e6, "gflop_per_clip": flops / 1e9, "clips_per_second": speed_of(run),
-            "training_minutes": sum(every / line["clips_per_second"] for line in lines) / 60}
+    return {"million_parameters": count / 1e6, "gflop_per_clip": flops / 1e9,
+            "clips_per_second": speed_of(run), "training_minutes": sum(every / line["clips_per_second"] for line in lines) / 60}

@@ -1,8 +1,8 @@
 """Speed and memory side by side: python bench.py.
 
 --table peer times our network against that of the package video-diffusion-pytorch (if it is installed), parts
-times ours alone, growth shows how time and memory grow with the clip, profile where a training step goes.
-Whatever is compared takes turns in one process, A B A B, so that a noisy machine is noisy for all of them.
+times ours alone, growth shows how time and memory grow with the clip. What is compared takes turns in one
+process, A B A B, so that a noisy machine is noisy for all of it.
 """
 import dataclasses
 import itertools
@@ -13,7 +13,6 @@ import shlex
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
@@ -42,7 +40,7 @@ from unet3d import UNet3D, UNetConfig
 @dataclass
 class BenchConfig:
     """What to time, and how."""
-    table: Literal["peer", "parts", "growth", "profile"] = "peer"  # which table to make
+    table: Literal["peer", "parts", "growth"] = "peer"  # which table to make
     preset: str = "cpu_wide"  # the preset whose architecture is ours
     sizes: tuple[int, ...] = (32, 64)  # [8, 1024] sizes of the clips of 16 frames, one channel
     batch_size: int = 4  # [1, 65536] clips in a training step and in a network call
@@ -165,7 +163,7 @@ def _peak_memory(entrant: Entrant, frames: int, size: int, c: BenchConfig) -> fl
 def _resident(key: str) -> float:
     """GiB of memory this process holds (VmRSS) or held at most (VmHWM), where the kernel tells."""
     status = Path("/proc/self/status")
-    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = status.exists() and re.search(rf"{key}:\s+(\d+) kB", status.read_text())
     return int(found[1]) / 2**20 if found else float("nan")
 
 
@@ -176,18 +174,16 @@ def shown(values: list[float], digits: int = 3) -> str:
 
 def entrants(c: BenchConfig, size: int) -> list[Entrant]:
     """Ours as the preset has it and with the paper's attention; the peer equally wide and equally large."""
-    ours = Entrant(f"ours, preset {c.preset}", c.preset, (("size", size),))
+    values, ours = config.PRESETS[c.preset], Entrant(f"ours, preset {c.preset}", c.preset, (("size", size),))
     paper = Entrant("ours, --patch 1, attention at 32, 16, 8 px", c.preset,
                     (("size", size), ("patch", 1), ("attention_resolutions", (32, 16, 8))))
-    values = config.PRESETS[c.preset]
     widths = [Entrant("peer, as many parameters", "", (("dim", dim), ("dim_mults", values["dim_mults"])))
               for dim in range(16, values["dim"] + 64, 4)]
     same = Entrant("peer, same channels", "", (("dim", values["dim"]), ("dim_mults", values["dim_mults"])))
     try:
         return [ours, paper, same, min(widths, key=lambda e: abs(parameters(e) - parameters(ours)))]
     except ImportError:
-        print("(pip install --no-deps video-diffusion-pytorch einops-exts rotary-embedding-torch: "
-              "without them there is no peer)\n")
+        print("no peer: pip install --no-deps video-diffusion-pytorch einops-exts rotary-embedding-torch\n")
         return [ours, paper]
 
 
@@ -225,24 +221,18 @@ def parts_table(c: BenchConfig, machine: Machine) -> None:
     for size in c.sizes:
         ours = Entrant("ours", c.preset, (("size", size),))
         trainer = Trainer(ours, 16, size, c, machine)
-        rows = steps_with_images(ours, size, c, machine) | {"drawing its data": data(size, c, machine)}
+        rows = {f"training step with {images} image frames": Trainer(ours, 16, size, c, machine, images).step
+                for images in (0, 4, 8)} | {"drawing its data": data(size, c, machine)}
         _table(f"16 x {size} x {size}, training, batch {c.batch_size}", take_turns(rows, c.rounds))
         trainer.model.requires_grad_(False)
         _table(f"16 x {size} x {size}, sampling, one clip",
                take_turns(samplers(trainer, size, machine), c.rounds))
 
 
-def steps_with_images(ours: Entrant, size: int, c: BenchConfig, machine: Machine) -> dict[str, Callable]:
-    """Training steps of 16 frames and 0, 4, 8 image frames (section 4.3.1)."""
-    return {f"training step with {images} image frames":
-            Trainer(ours, 16, size, c, machine, images).step for images in (0, 4, 8)}
-
-
 def data(size: int, c: BenchConfig, machine: Machine) -> Callable[[], Any]:
     """Draws one batch of Moving MNIST with the preset's digits and no image frames."""
     drawn = DataConfig(size=size, digits=config.PRESETS[c.preset].get("digits", 2), num_images=0)
-    stream = batches(drawn, c.batch_size, 0, device=machine.device)
-    return lambda: next(stream)
+    return batches(drawn, c.batch_size, 0, device=machine.device).__next__
 
 
 def samplers(trainer: Trainer, size: int, machine: Machine) -> dict[str, Callable]:
@@ -303,27 +293,6 @@ def _exponent(xs: tuple[int, ...], ys: list[float]) -> float:
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
-KINDS = {"convolution": "conv", "attention over space": "attention", "norm": "norm",
-         "matrix products": "mm|linear", "softmax": "softmax", "copies and casts": "copy|_to|::cat|clone",
-         "optimizer and EMA": "adam|lerp|foreach"}
-
-
-def profile_table(c: BenchConfig, machine: Machine) -> None:
-    """Prints the share of each kind of operation in a training step, by torch.profiler's own time."""
-    for size in c.sizes:
-        trainer = Trainer(Entrant("ours", c.preset, (("size", size),)), 16, size, c, machine)
-        trainer.step()
-        with profile() as prof:
-            trainer.step()
-        shares = Counter()
-        for event in prof.key_averages():
-            kind = next((kind for kind in KINDS if re.search(KINDS[kind], event.key)), "the rest")
-            shares[kind] += getattr(event, f"self_{'device' if trainer.x.is_cuda else 'cpu'}_time_total")
-        print(f"| 16 x {size} x {size}, kind of operation | share of the step |\n|---|---|")
-        for kind, time_ in shares.most_common():
-            print(f"| {kind} | {time_ / shares.total():.1%} |", flush=True)
-
-
 def main() -> None:
     """Makes the table of --table."""
     c, = config.parse(BenchConfig)
@@ -332,8 +301,7 @@ def main() -> None:
     print(f"`python bench.py {shlex.join(sys.argv[1:])}`, {machine}, PyTorch {torch.__version__}, "
           f"{time.strftime('%Y-%m-%d')}, allocator {tuned or 'as it is by default'}, "
           f"median [min, max] of {c.rounds} rounds\n")
-    {"peer": peer_table, "parts": parts_table, "growth": growth_table, "profile": profile_table}[c.table](
-        c, machine)
+    {"peer": peer_table, "parts": parts_table, "growth": growth_table}[c.table](c, machine)
 
 
 if __name__ == "__main__":

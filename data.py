@@ -1,16 +1,15 @@
 """Videos to train on and to look at (section 4, experiments; joint training on images, section 4.3.1).
 
-Bouncing digits made on the fly from the MNIST files beside this module, clips read from a folder, and the
-GIF, WebP and film strip a sample is written to. Videos are (B, C, F, H, W) floats in [-1, 1] everywhere.
+Bouncing digits made on the fly from the MNIST files beside this module, or clips read from a folder. Videos
+are (B, C, F, H, W) floats in [-1, 1] everywhere.
 """
 
 import gzip
 import hashlib
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -18,9 +17,10 @@ from typing import Literal
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from files import CLIPS, STILLS, decode_cached, natural, to_float
 
 Device = str | torch.device
 
@@ -84,10 +84,6 @@ def _rng(seed: int | tuple[int, ...]) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(first, spawn_key=tuple(rest)))
 
 
-def _to_float(pixels: Tensor) -> Tensor:
-    return pixels.div(127.5).sub_(1)  # 0 and 255 become -1 and 1 exactly
-
-
 # ---- bouncing digits -------------------------------------------------------------------------------------
 
 MNIST = Path(__file__).resolve().parent / "mnist"
@@ -126,7 +122,7 @@ def _digit_clips(config: DataConfig, n: int, rng: np.random.Generator, device, b
     patches = interpolate(patches, side, mode="area" if side <= 28 else "bilinear").round().byte()
     pixels = _paste(patches.to(device), torch.from_numpy(positions).long().to(device), config.size, combine)
     truth = {"labels": torch.from_numpy(labels[chosen]).long(), "positions": torch.from_numpy(positions)}
-    return repeat(_to_float(pixels), "n f h w -> n c f h w", c=config.channels), captions, truth
+    return repeat(to_float(pixels), "n f h w -> n c f h w", c=config.channels), captions, truth
 
 
 def _straight(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Generator) -> tuple:
@@ -134,7 +130,8 @@ def _straight(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.
     steps = config.frame_stride[0] * np.arange(config.frames)[:, None]
     way = start + 0.1 * np.stack([-np.sin(angle), np.cos(angle)], -1) * steps  # the walls are at 0 and 1
     sector = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
-    short = rng.random(len(labels)) < config.short_captions if config.short_captions else [False] * len(labels)
+    chance = config.short_captions
+    short = rng.random(len(labels)) < chance if chance else [False] * len(labels)  # 0 draws no numbers
     # Always "a", so that a prompt differs by its digit alone.
     phrases = [[f"a {d}" + f" moving {DIRECTIONS[s]}" * (not brief) for d, s in zip(*clip)]
                for *clip, brief in zip(labels, sector, short)]
@@ -189,11 +186,6 @@ def _read_idx(name: str) -> np.ndarray:
 
 # ---- clips from a folder ---------------------------------------------------------------------------------
 
-STILLS, FILMS = (".png", ".jpg", ".jpeg", ".bmp"), (".mp4", ".avi", ".mov", ".mkv", ".webm")
-CLIPS = (".gif", ".webp", ".apng", ".npy", ".npz", *FILMS)
-MAX_FRAME, MAX_CLIP = 2**26, 2**31  # pixels of a frame, and of a clip: a thousand frames of 1920 x 1080
-
-
 @cache
 def video_folder(config: DataConfig) -> list[tuple[Path, str]]:
     """(path, caption) of the split's clips in data_dir; unusable ones are skipped, and named once on stderr.
@@ -214,14 +206,6 @@ def video_folder(config: DataConfig) -> list[tuple[Path, str]]:
     return [(path, _caption(path, root)) for path in paths if not faults[path]]
 
 
-def load_video(path: str | Path, size: int, channels: int) -> Tensor:
-    """All frames of a clip, (C, F, size, size) in [-1, 1]: short side fitted to size, centre cropped.
-
-    A clip is a GIF, WebP, (A)PNG, npy, npz or film file, or a folder of stills. ValueError: not readable.
-    """
-    return _to_float(_decode(Path(path), size, channels))
-
-
 def _split(root: Path, split: str) -> tuple[Path, list[Path]]:
     if (root / "train").is_dir() and (root / "test").is_dir():
         return root / split, _find_clips(root / split)
@@ -235,11 +219,7 @@ def _find_clips(root: Path) -> list[Path]:
     clips = [file for file in files if (suffix := file.suffix.lower()) in CLIPS
              or suffix == ".png" and b"acTL" in file.read_bytes().partition(b"IDAT")[0]]  # an animated one
     folders = {file.parent for file in files if file.suffix.lower() in STILLS}
-    return sorted([*clips, *(folders - {clip.parent for clip in clips})], key=_natural)
-
-
-def _natural(path: Path) -> list:
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
+    return sorted([*clips, *(folders - {clip.parent for clip in clips})], key=natural)
 
 
 def _caption(clip: Path, root: Path) -> str:
@@ -251,65 +231,10 @@ def _caption(clip: Path, root: Path) -> str:
 def _fault(config: DataConfig, path: Path) -> str:
     needed = (config.frames - 1) * max(config.frame_stride) + 1
     try:
-        frames = _decode_cached(path, config.size, config.channels).shape[1]
+        frames = decode_cached(path, config.size, config.channels).shape[1]
         return "" if frames >= needed else f"{path}: {frames} frames, {needed} needed"
     except ValueError as error:
         return str(error)
-
-
-def _decode(path: Path, size: int, channels: int) -> Tensor:
-    pixels, frames = 0, []
-    try:
-        for image in _frames(path):
-            pixels += max(image.width * image.height, size * size)
-            if image.width * image.height > MAX_FRAME or pixels > MAX_CLIP:
-                raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame or {MAX_CLIP} in all")
-            frames.append(_fit(image, size, channels))
-        return rearrange(torch.stack(frames), "f h w c -> c f h w").contiguous()
-    except Exception as error:  # a broken file makes decoders raise nearly anything, SyntaxError included
-        reason = "needs `pip install av`" if isinstance(error, ImportError) else str(error) or repr(error)
-        raise ValueError(f"{path}: broken or unusable, {' '.join(reason.split())}") from error
-
-
-_decode_cached = lru_cache(maxsize=128)(_decode)  # as uint8: 16 frames of 64 x 64 in RGB are 200 kB
-
-
-def _frames(path: Path) -> Iterator[Image.Image]:
-    if path.is_dir():
-        for still in sorted((p for p in path.glob("[!.]*") if p.suffix.lower() in STILLS), key=_natural):
-            yield from _frames(still)
-    elif path.suffix.lower() in FILMS:
-        import av  # optional, and only for this
-
-        with av.open(str(path)) as film:
-            yield from (frame.to_image() for frame in film.decode(video=0))
-    elif path.suffix.lower() in (".npy", ".npz"):
-        yield from map(Image.fromarray, _array(path))
-    else:
-        # Pillow goes by content, not by name: only these readers, none that does more than decode pixels.
-        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP")) as image:
-            yield from ImageSequence.Iterator(image)
-
-
-def _array(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
-    array = array if path.suffix.lower() == ".npy" else array["video" if array.files[1:] else array.files[0]]
-    if array.ndim != 3 and array.shape[3:] not in ((1,), (3,), (4,)):
-        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed")
-    if array.dtype != np.uint8:
-        if array.dtype.kind != "f" or not (array.min() >= -1 and array.max() <= 1):
-            raise ValueError("values that are neither uint8 nor floats in [0, 1] or [-1, 1]")
-        array = np.rint(array * 255 if array.min() >= 0 else (array + 1) * 127.5).astype(np.uint8)
-    return array[..., 0] if array.shape[3:] == (1,) else array
-
-
-def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size),
-                         Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).reshape(size, size, channels)
 
 
 def _folder_clips(clips: list, config: DataConfig, n: int, rng, device, beside=None) -> tuple:
@@ -320,53 +245,8 @@ def _folder_clips(clips: list, config: DataConfig, n: int, rng, device, beside=N
         chosen = (chosen + rng.integers(1, max(len(clips), 2), n)) % len(clips)
     span, cuts = (frames - 1) * config.frame_stride[0] + 1, []
     for i in chosen:
-        video = _decode_cached(clips[i][0], config.size, config.channels)
+        video = decode_cached(clips[i][0], config.size, config.channels)
         start, mirrored = int(rng.integers(0, video.shape[1] - span + 1)), rng.random() < 0.5
         cut = video[:, start : start + span : config.frame_stride[0]]
         cuts.append(cut.flip(-1) if config.flip and mirrored else cut)
-    return _to_float(torch.stack(cuts).to(device)), [clips[i][1] for i in chosen], {"clips": chosen}
-
-
-# ---- files to look at ------------------------------------------------------------------------------------
-
-ORANGE, GREY = (255, 140, 0), (64, 64, 64)  # the margin of a frame that was given, and of all others
-
-
-def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: float = 8) -> list[Path]:
-    """Write x (B, C, F, H, W) in [-1, 1] as a grid of clips, .gif and lossless .webp, and a film strip, .png.
-
-    Frames marked in known, F booleans, get an orange margin. Returns the paths; such a suffix is cut off.
-    """
-    stem = re.sub(r"\.(gif|webp|png)$", "", str(path))
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    cells = _cells(x, known)
-    columns = int(np.ceil(np.sqrt(len(cells))))
-    blank = np.full_like(cells, GREY)[: -len(cells) % columns]
-    grid = rearrange(np.concatenate([cells, blank]), "(r c) f h w d -> f (r h) (c w) d", c=columns)
-    frames, strip = [Image.fromarray(frame) for frame in grid], rearrange(cells, "b f h w d -> (b h) (f w) d")
-    # One palette for all frames, or still parts flicker. It is exact up to 256 colours: grey without marks.
-    tall, height = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256), grid.shape[1]
-    indexed = [tall.crop((0, y, tall.width, y + height)) for y in range(0, tall.height, height)]
-    timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
-    gif = _write(Path(f"{stem}.gif"), indexed, optimize=False, **timing)
-    webp = _write(Path(f"{stem}.webp"), frames, lossless=True, **timing)
-    return [gif, webp, _write(Path(f"{stem}.png"), [Image.fromarray(strip)])]
-
-
-def _cells(x: Tensor, known: Sequence | None) -> np.ndarray:
-    assert x.ndim == 5 and x.shape[1] in (1, 3), f"expected (B, 1 or 3, F, H, W), got {tuple(x.shape)}"
-    # a cast alone truncates, and wraps beyond 255
-    pixels = x.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    zoom = -(-64 // min(x.shape[3:]))  # smaller clips are hard to see
-    pixels = repeat(pixels, "b c f h w -> b f (h i) (w j) (c n)", i=zoom, j=zoom, n=3 // x.shape[1]).numpy()
-    b, f, h, w, _ = pixels.shape
-    margin = [ORANGE if known is not None and known[i] else GREY for i in range(f)]
-    cells = np.tile(np.array(margin, np.uint8)[:, None, None], (b, 1, h + 4, w + 4, 1))
-    cells[:, :, 2:-2, 2:-2] = pixels
-    return cells
-
-
-def _write(path: Path, images: list[Image.Image], **options) -> Path:
-    temporary = path.with_name("." + path.name)  # so that nobody sees half a file
-    images[0].save(temporary, append_images=images[1:], **options)
-    return temporary.replace(path)
+    return to_float(torch.stack(cuts).to(device)), [clips[i][1] for i in chosen], {"clips": chosen}

@@ -24,12 +24,14 @@ from torch import Tensor
 
 import checkpoint
 import config
+import infill
 import metrics
 import sample
 from ablations import blocks, joint, positions
 from data import DIRECTIONS
+from features import walls
 from lab import HERE, Arm, EvaluateConfig, Lab, build
-from sample import Given, SampleConfig, nothing, show, show_small, smaller
+from infill import Given, SampleConfig, nothing, show, show_small, smaller
 
 
 # ---- the experiments: name -> arms -----------------------------------------------------------------------
@@ -63,9 +65,9 @@ def guidance(lab: Lab) -> dict[str, Arm]:
     """
     def judged(x: Tensor, seed: int) -> dict[str, float]:
         _, captions, truth = lab.real(seed)
-        places = metrics.observe(x, lab.features, lab.model.data.digits)[1]
+        places = lab.observe(x)[1]
         return {"digit_named": lab.digit_named(x, truth)} | (
-            {"direction_named": heading(places, captions)} if places.shape[2] == 1 else {})
+            {"direction_named": heading(places, captions, lab.stride)} if places.shape[2] == 1 else {})
 
     def arm(w: float, seed: int) -> dict[str, float]:
         x = lab.draw(seed, texts=lab.real(seed)[1], w=w, steps=lab.c.calls)
@@ -73,12 +75,13 @@ def guidance(lab: Lab) -> dict[str, Arm]:
     return lab.bounds(judged) | {f"w = {w} ({w + 1}.0 in Table 5)": partial(arm, w) for w in (0, 1, 4)}
 
 
-def heading(places: Tensor, captions: list[str]) -> float:
+def heading(places: Tensor, captions: list[str], stride: int = 1) -> float:
     """Share of clips whose digit, at places (B, F, 1, 2), goes within 45 degrees of where its caption says.
 
     That is the way it goes in three steps, of which one may end in a bounce; by chance it is right in 1 of 4.
+    Steps of stride 2 or more are so long that it is the way of the first alone.
     """
-    step = (places[:, 3] - places[:, 0]).flatten(1)  # (B, 2) as (y, x)
+    step = (places[:, 3 if stride == 1 else 1] - places[:, 0]).flatten(1)  # (B, 2) as (y, x)
     angle = torch.atan2(-step[:, 0], step[:, 1])
     said = [DIRECTIONS.index(caption.split(" moving ")[1]) * torch.pi / 4 for caption in captions]
     return ((angle.cpu() - torch.tensor(said)).cos() > 0.5**0.5).float().mean().item()
@@ -97,12 +100,12 @@ def extend(lab: Lab) -> dict[str, Arm]:
     methods |= {f"reconstruction, w_r {w_r}": dict(w_r=w_r) for w_r in (1, 2, 5, 10, 50)}
     flags = {name: method | plain for name, method in methods.items()}
     flags |= {f"{name}, corrector": method | corrected for name, method in methods.items()}
-    blocks = sample.block_starts(torch.zeros(frames, dtype=torch.bool), length, length // 2)
+    blocks = infill.block_starts(torch.zeros(frames, dtype=torch.bool), length, length // 2)
 
-    low, high = metrics.walls(lab.model.data.size)
+    low, high = walls(lab.model.data.size)
 
     def judged(x: Tensor, seed: int) -> dict[str, float]:
-        classes, places, *_ = metrics.observe(x, lab.features, lab.model.data.digits)
+        classes, places, *_ = lab.observe(x)
         path = metrics.trajectory_residual(places, low, high, 0.2 * (high - low)).mean().item()
         return {"identity_kept_whole": metrics.identity_kept(classes), "residual_whole": path,
                 **metrics.seam(places, classes, [start + length for start in blocks[:-1]])}
@@ -185,9 +188,9 @@ def speed(lab: Lab) -> dict[str, Arm]:
     digit from frame to frame in pixels, and should be the real one's of the same speed.
     """
     def seen(x: Tensor, truth: dict) -> dict[str, float]:
-        classes, places, *_ = metrics.observe(x, lab.features, lab.model.data.digits)
-        return {"step": places.diff(dim=1).norm(dim=3).mean().item(), "digit_named": lab.digit_named(x, truth),
-                "identity_kept": metrics.identity_kept(classes)}
+        classes, places, *_ = lab.observe(x)
+        return {"step": places.diff(dim=1).norm(dim=3).mean().item(),
+                "digit_named": lab.digit_named(x, truth), "identity_kept": metrics.identity_kept(classes)}
 
     def real(stride: int, seed: int) -> dict[str, float]:
         x, _, truth = lab.real(seed, stride=stride)
@@ -198,11 +201,11 @@ def speed(lab: Lab) -> dict[str, Arm]:
         return lab.draw(seed, texts=texts, w=1.0, fps=8 / stride, steps=lab.c.calls), truth
 
     def both(seed: int) -> dict[str, float]:
-        model, _ = sample.load_model(HERE / lab.c.interpolator, lab.machine.device)
+        model, _ = infill.load_model(HERE / lab.c.interpolator, lab.machine.device)
         x, truth = drawn(model.network.config.frames - 1, seed)
         s = SampleConfig(num=len(x), seed=seed, steps=lab.c.calls)
         with lab.machine.autocast():
-            filled = sample.fill(model, s, sample.gaps(model, s, sample.inside(model, x)))
+            filled = infill.fill(model, s, sample.gaps(model, s, sample.inside(model, x)))
         return seen(sample.joined(filled, len(x)), truth)
 
     strides = sorted(lab.model.data.frame_stride)
@@ -212,8 +215,8 @@ def speed(lab: Lab) -> dict[str, Arm]:
             | {"key frames, then the frames between them": both})
 
 
-EXPERIMENTS = {"samplers": samplers, "joint": joint, "guidance": guidance, "extend": extend, "predict": predict,
-               "super_resolve": super_resolve, "positions": positions, "blocks": blocks, "speed": speed}
+EXPERIMENTS = {"samplers": samplers, "joint": joint, "guidance": guidance, "extend": extend,
+               "predict": predict, "super_resolve": super_resolve, "positions": positions, "blocks": blocks, "speed": speed}
 
 # ---- the table -------------------------------------------------------------------------------------------
 

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import infill
 import metrics
 import sample
 from data import moving_mnist, stochastic_moving_mnist
+from features import Features, load_features, observe
+from infill import Given, Model, SampleConfig, nothing
 from machine import Machine, start
-from sample import Given, Model, SampleConfig, nothing
 
 HERE = Path(__file__).parent
 Arm = Callable[[int], dict[str, float]]  # seed -> what was measured
@@ -26,7 +28,7 @@ class EvaluateConfig:
     """Which experiment, on which model, how large."""
     experiment: Experiment = "samplers"  # which of the paper's tables
     checkpoint: str = "pretrained/moving_mnist_32.pt"  # a checkpoint or a run's folder
-    features: str = "pretrained/features_32.pt"  # the networks that measure, trained by metrics.py
+    features: str = "pretrained/features_32.pt"  # the networks that measure, trained by features.py
     clips: int = 32  # [2, 100000] clips of each arm and seed
     reference: int = 256  # [2, 100000] real clips that every Frechet distance is taken to
     batch_size: int = 8  # [1, 1024] clips drawn at once
@@ -51,14 +53,19 @@ class Lab:
     c: EvaluateConfig
     path: Path  # of the model's checkpoint
     model: Model
-    features: metrics.Features
+    features: Features
     machine: Machine
+
+    @property
+    def stride(self) -> int:
+        """Every so many frames of the generator's are shown (the paper's frameskip)."""
+        return min(self.model.data.frame_stride)
 
     def real(self, seed: int, frames: int = 0, clips: int = 0, stride: int = 0) -> tuple[Tensor, list, dict]:
         """Clips of the test split (clips, C, frames, H, W) with captions and truth; another seed, others."""
         data = dataclasses.replace(self.model.data, split="test", num_images=0, short_captions=0.0,
                                    frames=frames or self.model.network.config.frames,
-                                   frame_stride=(stride or min(self.model.data.frame_stride),))
+                                   frame_stride=(stride or self.stride,))
         draw = stochastic_moving_mnist if data.dataset == "stochastic_moving_mnist" else moving_mnist
         return draw(data, clips or self.c.clips, (7, seed))
 
@@ -72,26 +79,30 @@ class Lab:
             s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, **flags,
                              text="|".join(texts[which]) if texts else "")
             with self.machine.autocast():
-                parts.append(sample.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
+                parts.append(infill.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
         return torch.cat(parts).float().cpu()
 
     def measure(self, x: Tensor) -> dict[str, float]:
         """metrics.measure on clips of the model's length (longer ones in pieces), against real ones."""
         length = self.model.network.config.frames
         pieces = torch.cat([piece for piece in x.split(length, 2) if piece.shape[2] == length])
-        found = metrics.measure(pieces, self.features, self.model.data.digits, self.reference[1:])
+        found = metrics.measure(pieces, self.features, self.model.data.digits, self.reference[1:],
+                                self.stride)
         return found | ({"FVD": metrics.fvd(self.reference[0], pieces, self.c.i3d)} if self.c.i3d else {})
 
     def digit_named(self, x: Tensor, truth: dict) -> float:
         """Share of the frames that show the digits of the truth."""
-        classes = metrics.observe(x, self.features, self.model.data.digits)[0]
-        return metrics.identity_true(classes, truth["labels"])
+        return metrics.identity_true(self.observe(x)[0], truth["labels"])
+
+    def observe(self, x: Tensor) -> tuple[Tensor, ...]:
+        """features.observe on clips x: linked classes, linked places, ..."""
+        return observe(x, self.features, self.model.data.digits)
 
     @cached_property
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
         """Real clips that Frechet distances are taken to, features of their frames and of them."""
         x = self.real(10_000, clips=self.c.reference)[0]
-        return x, *metrics.observe(x, self.features, self.model.data.digits)[3:]
+        return x, *self.observe(x)[3:]
 
     def bounds(self, more: Callable[[Tensor, int], dict] = lambda x, seed: {},
                frames: int = 0) -> dict[str, Arm]:
@@ -109,8 +120,8 @@ def build(c: EvaluateConfig) -> Lab:
     """The model and the networks that measure, from their files; ValueError where they do not fit."""
     machine = start(c.device, c.precision, c.threads)
     path = sample.find(str(HERE / c.checkpoint))  # an absolute path stays what it is
-    model, _ = sample.load_model(path, machine.device)
-    features = metrics.load_features(HERE / c.features)
+    model, _ = infill.load_model(path, machine.device)
+    features = load_features(HERE / c.features)
     drawn = (model.network.config.size, model.data.digits)
     if model.data.dataset != "moving_mnist" and (model.data.dataset, c.experiment) != (
             "stochastic_moving_mnist", "predict"):
@@ -119,5 +130,5 @@ def build(c: EvaluateConfig) -> Lab:
         raise ValueError(f"{path} was trained without captions, and --experiment {c.experiment} needs them")
     if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
         raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
-                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python metrics.py")
+                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python features.py")
     return Lab(c, path, model, features, machine)

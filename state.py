@@ -100,7 +100,8 @@ def settings(argv: list[str] | None = None) -> Settings:
             return hardware | start_of(given.get("init"), given.get("latent"))
         for name in ("preset", "init", "latent"):
             if name in given:
-                raise ValueError(f"--{name} chooses what a new run starts from, and --resume goes on with one")
+                raise ValueError(f"--{name} chooses what a new run starts from; it cannot be given with "
+                                 "--resume")
         path = checkpoint.newest(Path(given["resume"]))
         content = checkpoint.load(path)
         if not isinstance(content.get("settings"), dict) or not {"optimizer", "step"} <= set(content):
@@ -121,7 +122,7 @@ def settings(argv: list[str] | None = None) -> Settings:
 
 
 def load_weights(flag: str, path: str, coder: bool) -> dict[str, Any]:
-    """The checkpoint, from its file or its run's folder, of an autoencoder or of a network; else ValueError."""
+    """The checkpoint in a file or a run's folder, of an autoencoder or else of a network; else ValueError."""
     content = checkpoint.load(checkpoint.newest(Path(path)) if Path(path).is_dir() else path)
     found = content.get("settings")
     if not isinstance(found, dict) or "ema" not in content or (found.get("arch") == "autoencoder") != coder:

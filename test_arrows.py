@@ -13,9 +13,10 @@ FILES = {path.stem: path for path in sorted(HERE.glob("*.py"))}
 PRODUCT = [name for name in FILES if not name.startswith("test_") and name != "conftest"]
 TESTS = [name for name in FILES if name not in PRODUCT]
 
-LEAVES = {"config", "data", "text", "unet3d", "diffusion", "checkpoint", "machine", "record"}
+LEAVES = {"config", "files", "text", "unet3d", "diffusion", "checkpoint", "machine", "record"}
 ARROWS = {  # file: neighbours it must import, neighbours it may import
     **{leaf: (set(), set()) for leaf in LEAVES},
+    "data": ({"files"}, set()),
     "guidance": ({"diffusion"}, set()),
     "sampling": ({"diffusion"}, set()),
     "magicvideo": ({"unet3d"}, set()),
@@ -24,12 +25,18 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "state": ({"config", "data", "text", "unet3d", "magicvideo", "autoencoder", "diffusion",
                "checkpoint"}, {"machine"}),
     "train": ({"config", "data", "text", "autoencoder", "diffusion", "state"},
-              {"sampling", "machine", "cost", "record", "checkpoint"}),
-    "sample": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint", "guidance",
-                "sampling", "autoencoder"}, {"machine"}),
-    "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine", "state"}),
-    "metrics": (set(), {"data", "unet3d", "checkpoint", "config", "machine"}),
-    "evaluate": ({"sample", "metrics"}, {"config", "data", "checkpoint", "machine", "diffusion"}),
+              {"sampling", "machine", "cost", "record", "checkpoint", "files"}),
+    "infill": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint", "guidance",
+                "sampling", "autoencoder"}, set()),
+    "sample": ({"infill", "config", "data", "files"}, {"machine", "checkpoint"}),
+    "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine",
+                                                                    "state"}),
+    "features": ({"data"}, {"checkpoint", "config", "machine"}),
+    "metrics": ({"features"}, set()),
+    "lab": ({"sample", "infill", "metrics", "features", "data"}, {"machine"}),
+    "ablations": ({"lab", "infill"}, {"autoencoder", "config", "cost", "state"}),
+    "evaluate": ({"sample", "infill", "metrics", "lab", "ablations"}, {"config", "data", "checkpoint",
+                                                                        "features"}),
 }
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL"}
 
@@ -92,15 +99,15 @@ def test_a_leaf_imports_no_neighbour(name):
 
 def test_guidance_and_sampling_never_meet_but_in_the_programs():
     assert "sampling" not in neighbours("guidance") and "guidance" not in neighbours("sampling")
-    assert {name for name in PRODUCT if {"guidance", "sampling"} <= neighbours(name)} == {"sample", "bench"}
+    assert {name for name in PRODUCT if {"guidance", "sampling"} <= neighbours(name)} == {"infill", "bench"}
     assert {"guidance", "sampling"} <= {name for name in PRODUCT if "diffusion" in neighbours(name)}
 
 
 def test_the_network_is_imported_by_programs_alone():
     assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
-            <= {"state", "sample", "cost", "metrics", "bench", "magicvideo", "autoencoder"})
+            <= {"state", "infill", "cost", "bench", "magicvideo", "autoencoder"})
     assert ({name for name in PRODUCT if "magicvideo" in neighbours(name)}
-            <= {"state", "sample", "cost", "autoencoder"})
+            <= {"state", "infill", "cost", "autoencoder"})
 
 
 def test_no_import_points_in_a_circle():
@@ -124,7 +131,7 @@ def test_a_file_needs_the_standard_library_and_the_five_packages_alone(name):
 @pytest.mark.parametrize("name", [name for name in TESTS if name.startswith("test_")])
 def test_a_test_file_mirrors_a_file(name):
     subject = name.removeprefix("test_")
-    assert subject in neighbours(name) or subject in ("arrows", "faults", "gaussian", "readme", "commands")
+    assert subject in neighbours(name) or subject in ("arrows", "faults", "gaussian", "readme", "key_frames")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -146,8 +153,8 @@ def test_no_file_has_more_than_250_lines_of_code(name):
     assert code_lines(name) <= 250
 
 
-def test_the_project_has_at_most_2500_lines_of_code():
-    assert sum(map(code_lines, PRODUCT)) <= 2500
+def test_the_project_has_at_most_2700_lines_of_code():
+    assert sum(map(code_lines, PRODUCT)) <= 2700  # 2,500 for the paper, and 200 for a second one, MagicVideo
 
 
 def test_the_project_is_flat():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import autoencoder
 import checkpoint
 import config
+import infill
 import sample
 import state
 import train
@@ -190,7 +191,7 @@ def test_what_is_diffused_are_scaled_latents_of_clean_frames(coder, monkeypatch)
     s, seen = train.settings([*LATENT, str(coder)]), []
     built = train.build(s, CPU.device)
     x, _ = next(batches(s.data, 2, 0))
-    monkeypatch.setattr(train, "loss", lambda network, z, *rest: seen.append(z) or z.mean(0) * 0)
+    monkeypatch.setattr(train, "loss", lambda network, z, *rest, keys: seen.append(z) or z.mean(0) * 0)
     stream = train.clean(iter([(x, [["a"], ["b"]])]), built, CPU)
     train.micro_batch_loss(built.model, next(stream), 0, s, CPU)
     expected = built.autoencoder.encode(x)[0] * built.autoencoder.scale
@@ -227,16 +228,16 @@ def test_a_checkpoint_carries_its_autoencoder_and_is_drawn_from(flags, latent, c
 
 def test_given_frames_are_given_as_their_latents(latent, tmp_path, monkeypatch):
     x = drawn(monkeypatch, latent, tmp_path, *"--mode predict --overlap 2".split())
-    model, _ = sample.load_model(checkpoint.newest(latent), CPU.device)
+    model, _ = infill.load_model(checkpoint.newest(latent), CPU.device)
     given = next(batches(DataConfig(size=16, frames=2, digits=1, split="test"), 1, 0))[0]
     assert torch.allclose(x[:, :, :2], model.autoencoder.video(model.autoencoder.latents(given)), atol=1e-3)
 
 
 def test_latents_are_not_clipped(latent, monkeypatch):
-    model, _ = sample.load_model(checkpoint.newest(latent), CPU.device)
-    given = sample.nothing(model, sample.SampleConfig(num=1), 4)
-    far = sample.draw(lambda z, logsnr: torch.full_like(z, 3.0), given, model,
-                      sample.SampleConfig(num=1, steps=2), torch.Generator().manual_seed(0))
+    model, _ = infill.load_model(checkpoint.newest(latent), CPU.device)
+    given = infill.nothing(model, infill.SampleConfig(num=1), 4)
+    far = infill.draw(lambda z, logsnr: torch.full_like(z, 3.0), given, model,
+                      infill.SampleConfig(num=1, steps=2), torch.Generator().manual_seed(0))
     assert torch.allclose(far, torch.tensor(3.0), atol=1e-3)
 
 
@@ -253,7 +254,7 @@ def test_a_run_in_latents_goes_on_without_the_autoencoders_file(latent, coder, t
 
 def test_what_is_published_holds_the_autoencoder(latent, tmp_path):
     checkpoint.publish(latent, tmp_path / "small.pt")
-    model, settings = sample.load_model(tmp_path / "small.pt", CPU.device)
+    model, settings = infill.load_model(tmp_path / "small.pt", CPU.device)
     assert isinstance(model.autoencoder, nn.Module) and settings["latent"] == ""
 
 
@@ -291,6 +292,6 @@ def test_an_autoencoder_alone_draws_nothing(coder, tmp_path, monkeypatch, capsys
 
 
 def test_the_settings_of_an_autoencoder_become_those_of_the_run(coder):
-    taken = state.settings_of(str(coder))
+    taken = state.start_of(None, str(coder))
     assert taken == {"channels": 1, "factor": 4, "latent_channels": 4, "width": 8, "kl_weight": 1e-4,
                      "video_decoder": False, "latent_factor": 4}

@@ -14,7 +14,7 @@ import config
 from autoencoder import AutoencoderConfig
 from data import DataConfig
 from diffusion import DiffusionConfig
-from sample import SampleConfig
+from infill import SampleConfig
 from state import TrainConfig
 from text import TextConfig
 from unet3d import UNetConfig

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import data
-from data import DataConfig, batches, load_video, moving_mnist, save_video, stochastic_moving_mnist
-from data import video_folder
+import files
+from data import DataConfig, batches, moving_mnist, stochastic_moving_mnist, video_folder
+from files import load_video, save_video
 
 SMALL = DataConfig(size=32, frames=4, num_images=2)
 NOISE = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)  # a clip (F, H, W, C)
@@ -150,6 +151,16 @@ def test_starts_cover_the_free_square_and_directions_the_circle():
     assert torch.allclose(starts.std(0), torch.tensor(36 / 12**0.5).double(), atol=0.5)
     counts = [sum(c.endswith("moving " + d) for c in captions) for d in data.DIRECTIONS]
     assert sum(counts) == 2000 and min(counts) > 190
+
+
+def test_a_share_of_the_captions_names_the_digits_alone_and_the_clips_stay():
+    named, short = (moving_mnist(DataConfig(frames=2, short_captions=p), 1000, 3) for p in (0.0, 0.3))
+    assert torch.equal(named[0], short[0])
+    brief = ["moving" not in caption for caption in short[1]]
+    assert 0.25 < sum(brief) / 1000 < 0.35
+    for one, other, cut in zip(named[1], short[1], brief):
+        digits = " and ".join(part.split(" moving ")[0] for part in one.split(" and "))
+        assert other == (digits if cut else one)
 
 
 def crop_alone(x, truth, clip, digit):
@@ -542,11 +553,11 @@ def test_an_oversized_clip_is_skipped(tmp_path, monkeypatch):
     write(tmp_path / "a.npy", NOISE)
     for limit, value in (("MAX_FRAME", 255), ("MAX_CLIP", 2559)):
         with monkeypatch.context() as patch:
-            patch.setattr(data, limit, value)
+            patch.setattr(files, limit, value)
             with pytest.raises(ValueError, match="a.npy.*oversized"):
                 load_video(tmp_path / "a.npy", 16, 1)
-    monkeypatch.setattr(data, "MAX_FRAME", 256)
-    monkeypatch.setattr(data, "MAX_CLIP", 2560)
+    monkeypatch.setattr(files, "MAX_FRAME", 256)
+    monkeypatch.setattr(files, "MAX_CLIP", 2560)
     load_video(tmp_path / "a.npy", 16, 1)
 
 
@@ -716,11 +727,11 @@ def test_known_frames_have_an_orange_margin_in_all_files(tmp_path, channels):
     for as_given in (known, known.tolist()):
         gif, webp, png = save_video(x, tmp_path / "v", known=as_given)
         for frames in (decoded(gif), decoded(webp)):
-            corner = np.abs(frames[:, 0, 0] - data.ORANGE).max(-1)
+            corner = np.abs(frames[:, 0, 0] - files.ORANGE).max(-1)
             assert (corner[:3] < 40).all() and (corner[3:] > 100).all()
         strip = decoded(png)[0][::68, ::68]
-        assert [tuple(c) == data.ORANGE for c in strip[1]] == known.tolist()
-    assert not (decoded(save_video(x, tmp_path / "w")[2]) == data.ORANGE).all(-1).any()
+        assert [tuple(c) == files.ORANGE for c in strip[1]] == known.tolist()
+    assert not (decoded(save_video(x, tmp_path / "w")[2]) == files.ORANGE).all(-1).any()
 
 
 def test_a_suffix_of_the_path_is_replaced_and_a_dot_is_not(tmp_path):

@@ -13,16 +13,20 @@ import pytest
 import torch
 
 import evaluate
+import infill
+import lab as lab_module
 import metrics
 from data import DIRECTIONS, DataConfig, moving_mnist
-from evaluate import EvaluateConfig, closest, heading, table
+from ablations import small_model
+from evaluate import closest, heading, table
+from lab import EvaluateConfig, build
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def lab():
-    return evaluate.build(EvaluateConfig(clips=6, reference=8, batch_size=4, calls=2, seeds=1, device="cpu"))
+    return build(EvaluateConfig(clips=6, reference=8, batch_size=4, calls=2, seeds=1, device="cpu"))
 
 
 def quick(experiment: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -38,7 +42,7 @@ def test_every_experiment_runs_quickly_and_writes_its_table(experiment, tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "quick" / f"{experiment}.md").read_text()
     numbers = json.loads((tmp_path / "quick" / f"{experiment}.json").read_text())
-    assert page in done.stdout and inspect.getdoc(getattr(evaluate, experiment)) in page
+    assert page in done.stdout and inspect.getdoc(evaluate.EXPERIMENTS[experiment]) in page
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
     assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
@@ -62,20 +66,20 @@ def test_clips_are_drawn_in_batches_each_with_its_caption(lab, monkeypatch):
     def fill(model, s, given):
         seen.append((s.num, s.text.split("|"), given.x.shape[0]))
         return given.x
-    monkeypatch.setattr(evaluate.sample, "fill", fill)
+    monkeypatch.setattr(infill, "fill", fill)
     assert lab.draw(0, texts=list("abcdef")).shape[0] == 6
     assert seen == [(4, list("abcd"), 4), (2, list("ef"), 2)]
 
 
 def test_batches_and_seeds_have_noise_of_their_own(lab, monkeypatch):
     seeds = []
-    monkeypatch.setattr(evaluate.sample, "fill", lambda model, s, given: seeds.append(s.seed) or given.x)
+    monkeypatch.setattr(infill, "fill", lambda model, s, given: seeds.append(s.seed) or given.x)
     lab.draw(0), lab.draw(1)
     assert len(set(seeds)) == len(seeds) == 4
 
 
 def test_what_is_drawn_knows_the_true_first_frames(lab, monkeypatch):
-    monkeypatch.setattr(evaluate.sample, "fill", lambda model, s, given: given.x * given.known[:, None, None])
+    monkeypatch.setattr(infill, "fill", lambda model, s, given: given.x * given.known[:, None, None])
     x = lab.real(0)[0]
     drawn = lab.draw(0, evaluate.first(lab, x, 5))
     assert torch.equal(drawn[:, :, :5], x[:, :, :5]) and not drawn[:, :, 5:].any()
@@ -83,7 +87,7 @@ def test_what_is_drawn_knows_the_true_first_frames(lab, monkeypatch):
 
 def test_equation_8_is_given_the_small_clip_and_bicubic_beats_nothing(lab, monkeypatch):
     x = lab.real(0)[0]
-    monkeypatch.setattr(evaluate.sample, "fill", lambda model, s, given: given.low.repeat_interleave(2, 3)
+    monkeypatch.setattr(infill, "fill", lambda model, s, given: given.low.repeat_interleave(2, 3)
                         .repeat_interleave(2, 4))
     blocky = evaluate.equation_8(2, 1.0, lab, x, 0)
     assert torch.allclose(evaluate.smaller(blocky, 2), evaluate.smaller(x, 2), atol=1e-6)
@@ -140,9 +144,9 @@ def test_fvd_is_printed_when_and_only_when_its_network_is_given(lab, monkeypatch
 
 def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
     features = SimpleNamespace(settings={"size": 64, "digits": 2})
-    monkeypatch.setattr(metrics, "load_features", lambda path: features)
+    monkeypatch.setattr(lab_module, "load_features", lambda path: features)
     with pytest.raises(ValueError, match="trained on 2 digits at 64 px"):
-        evaluate.build(EvaluateConfig(device="cpu"))
+        build(EvaluateConfig(device="cpu"))
 
 
 @pytest.mark.parametrize("experiment, data, text, sentence", [
@@ -152,9 +156,9 @@ def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
 def test_a_model_that_cannot_be_judged_is_refused(experiment, data, text, sentence, lab, monkeypatch):
     model = dataclasses.replace(lab.model, data=dataclasses.replace(lab.model.data, **data),
                                 text=dataclasses.replace(lab.model.text, **text))
-    monkeypatch.setattr(evaluate.sample, "load_model", lambda path, device: (model, {}))
+    monkeypatch.setattr(infill, "load_model", lambda path, device: (model, {}))
     with pytest.raises(ValueError, match=sentence):
-        evaluate.build(EvaluateConfig(experiment=experiment, device="cpu"))
+        build(EvaluateConfig(experiment=experiment, device="cpu"))
 
 
 def test_a_nan_is_shown_and_loses_nothing():
@@ -168,7 +172,7 @@ def test_seams_are_where_drawn_frames_follow_given_ones(frames, seams, lab, monk
     monkeypatch.setattr(metrics, "seam", lambda places, classes, starts: found.append(list(starts)) or {})
     monkeypatch.setattr(metrics, "measure", lambda *args: {})
     nothing = torch.zeros(1, 2, 1).long(), torch.ones(1, 2, 1, 2)
-    monkeypatch.setattr(metrics, "observe", lambda *args: nothing)
+    monkeypatch.setattr(type(lab), "observe", lambda *args: nothing)
     monkeypatch.setattr(lab.c, "frames", frames)
     next(iter(evaluate.extend(lab).values()))(0)
     assert found == [seams]
@@ -189,4 +193,4 @@ def test_a_trained_small_model_is_found_again(lab, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     shutil.copy(HERE / "pretrained" / "moving_mnist_32.pt", folder / "checkpoint_00000002.pt")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))
-    assert "frechet_clip" in evaluate.small_model(lab, {"steps": 2}, 16, 0)
+    assert "frechet_clip" in small_model(lab, {"steps": 2}, 16, 0)

@@ -30,9 +30,10 @@ import checkpoint
 import config
 import data
 import record
+import infill
 import sample
 import train
-from data import load_video, save_video
+from files import load_video, save_video
 from machine import Machine
 from test_train import HERE, TINY, fitted, learned, processes, program, same
 
@@ -258,7 +259,7 @@ def test_a_setting_of_a_stranger_is_checked_like_a_flag(name: str, value: object
     assert ended.value.code == 2
     if name not in ("lr", "steps"):
         with pytest.raises(ValueError, match="holds no model"):
-            sample.load_model(newest, torch.device("cpu"))
+            infill.load_model(newest, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("changed", [
@@ -281,13 +282,13 @@ def test_what_was_trained_compiled_is_loaded_plain(monkeypatch: MonkeyPatch, tmp
     plain = fitted([*TINY, "--steps", 2], tmp_path / "plain")
     content = fitted([*TINY, "--steps", 2, "--compile"], tmp_path / "compiled")
     assert content["model"].keys() == plain["model"].keys()
-    assert sample.load_model(checkpoint.newest(tmp_path / "compiled"), torch.device("cpu"))
+    assert infill.load_model(checkpoint.newest(tmp_path / "compiled"), torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_what_was_trained_on_cuda_is_loaded_on_the_cpu(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     program(monkeypatch, [*TINY, "--device", "cuda", "--steps", 2, "--out", tmp_path / "run"])
-    sample.load_model(checkpoint.newest(tmp_path / "run"), torch.device("cpu"))
+    infill.load_model(checkpoint.newest(tmp_path / "run"), torch.device("cpu"))
     program(monkeypatch, ["--resume", tmp_path / "run", "--device", "cpu", "--steps", 3])
 
 

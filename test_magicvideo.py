@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import checkpoint
 import config
 import cost
+import infill
 import sample
 import train
 from data import DataConfig, batches
@@ -376,7 +377,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_trains_saves_and_is_drawn_from(run, tmp_path, monkeypatch):
-    model, _ = sample.load_model(checkpoint.newest(run), CPU.device)
+    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
     assert type(model.network) is MagicVideo and model.data.frame_stride == (1, 2)
     flags = ["--checkpoint", run, "--mode", "extend", "--frames", 6, "--out", tmp_path,
              "--text", "a 3 moving up",
@@ -395,9 +396,9 @@ def test_a_run_of_two_steps_moves_weights_and_adaptors(run):
 
 
 def test_a_speed_is_said_after_each_caption():
-    s = sample.SampleConfig(text="a 3|a 7", num=3, fps=4)
-    assert sample.captions(s) == ["a 3 at 4 fps", "a 7 at 4 fps", "a 3 at 4 fps"]
-    assert sample.captions(sample.SampleConfig(text="a 3", num=1)) == ["a 3"]
+    s = infill.SampleConfig(text="a 3|a 7", num=3, fps=4)
+    assert infill.captions(s) == ["a 3 at 4 fps", "a 7 at 4 fps", "a 3 at 4 fps"]
+    assert infill.captions(infill.SampleConfig(text="a 3", num=1)) == ["a 3"]
 
 
 def test_a_speed_without_a_caption_is_one_sentence(run, monkeypatch, capsys: CaptureFixture):
@@ -413,7 +414,7 @@ def test_a_checkpoint_from_before_the_setting_is_vdms(run, tmp_path):
     content = {"settings": s.flat() | {"frame_stride": 2}, "ema": UNet3D(s.unet).state_dict()}
     del content["settings"]["arch"], content["settings"]["mask"]
     checkpoint.save(tmp_path / "old.pt", content)
-    model, _ = sample.load_model(tmp_path / "old.pt", CPU.device)
+    model, _ = infill.load_model(tmp_path / "old.pt", CPU.device)
     assert type(model.network) is UNet3D and model.data.frame_stride == (2,)
 
 

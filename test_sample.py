@@ -2,7 +2,6 @@
 import dataclasses
 import functools
 import inspect
-import math
 import os
 import subprocess
 import sys
@@ -18,12 +17,13 @@ from torch import Tensor
 
 import checkpoint
 import config
+import infill
 import sample
 import train
 from data import DataConfig, batches
 from diffusion import DiffusionConfig
 from machine import Machine
-from sample import Given, Model, SampleConfig, block_starts, fill, load_model
+from infill import Given, Model, SampleConfig, block_starts, fill, load_model
 from test_gaussian import FLOAT, Gaussian, correlation, signal_and_noise
 from text import TextConfig
 from unet3d import UNetConfig
@@ -89,7 +89,7 @@ class Drawn:
 def program(folder: Path, *flags: object) -> Drawn:
     """python sample.py --checkpoint folder flags, in this process; what it saved is seen on the way."""
     saved, models, blocks = [], [], []
-    honest = sample.save_video, sample.load_model, sample.draw
+    honest = sample.save_video, infill.load_model, infill.draw
 
     def saving(x: Tensor, path: Path, known: Tensor) -> list[Path]:
         saved.append((x, known, honest[0](x, path, known=known)))
@@ -105,8 +105,9 @@ def program(folder: Path, *flags: object) -> Drawn:
         return blocks[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, spy in (("save_video", saving), ("load_model", loading), ("draw", drawing)):
-            patch.setattr(sample, name, spy)
+        for module, name, spy in ((sample, "save_video", saving), (sample, "load_model", loading),
+                                  (infill, "draw", drawing)):
+            patch.setattr(module, name, spy)
         patch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(folder), *QUICK, *map(str, flags)])
         config.run(sample.main)
     (video, known, files), = saved
@@ -126,7 +127,7 @@ MODES = {"generate": 4, "predict": 4, "extend": 16, "interpolate": 4, "super_res
 
 def test_every_mode_is_tried() -> None:
     mode, = (field for field in dataclasses.fields(SampleConfig) if field.name == "mode")
-    assert set(MODES) == set(mode.type.__args__)
+    assert {*MODES, "key_frames"} == set(mode.type.__args__)  # that one: test_key_frames.py
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -328,13 +329,13 @@ def nothing(frames: int, num: int = 1, size: int = 8) -> Given:
 
 def blocks_of(monkeypatch: MonkeyPatch) -> list[tuple[Given, Tensor]]:
     """What fill() gives and gets, block by block."""
-    blocks, honest = [], sample.draw
+    blocks, honest = [], infill.draw
 
     def spy(denoise: Callable, given: Given, *rest: object) -> Tensor:
         seen = dataclasses.replace(given, x=given.x.clone(), known=given.known.clone())
         blocks.append((seen, honest(denoise, given, *rest).clone()))
         return blocks[-1][1]
-    monkeypatch.setattr(sample, "draw", spy)
+    monkeypatch.setattr(infill, "draw", spy)
     return blocks
 
 
@@ -438,7 +439,7 @@ def test_whole_and_small_frames_are_seen_with_the_same_weight(scale: int, known:
     s = SampleConfig(scale=scale)
 
     def observe(x: Tensor) -> Tensor:
-        return sample.seen(given, s, x, sample.smaller(x, scale))[0]
+        return infill.seen(given, s, x, infill.smaller(x, scale))[0]
     a = torch.func.jacrev(observe)(nothing(4).x).flatten(1)
     a = a[a.any(1)]  # of frames that are not seen nothing counts
     seen_small = [frame for frame in (0, 3) if frame >= known]
@@ -454,7 +455,7 @@ def test_frames_that_are_not_known_do_not_guide() -> None:
     given, s = nothing(4), SampleConfig()
     given.known[1] = True
     x = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    seen = sample.seen(given, s, x, None).view(1, 1, 4, 8, 8)
+    seen = infill.seen(given, s, x, None).view(1, 1, 4, 8, 8)
     assert torch.equal(seen[:, :, 1], x[:, :, 1]) and not seen[:, :, [0, 2, 3]].any()
 
 
@@ -482,7 +483,7 @@ class Bar:
     ({"frames": 7, "delta": 0.1, "overlap": 1}, 18)])
 def test_the_network_is_called_as_often_as_the_progress_bar_says(flags: dict, calls: int,
                                                                  monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "tqdm", Bar)
+    monkeypatch.setattr(infill, "tqdm", Bar)
     Bar.all.clear()
     oracle, s = Oracle(smooth_in_time()), SampleConfig(**{"steps": 5} | flags)
     fill(oracle.model(), s, nothing(s.frames or 4))
@@ -491,9 +492,9 @@ def test_the_network_is_called_as_often_as_the_progress_bar_says(flags: dict, ca
 
 
 def test_several_captions_take_turns() -> None:
-    assert sample.captions(SampleConfig(text="a 3|a 7", num=5)) == ["a 3", "a 7", "a 3", "a 7", "a 3"]
-    assert sample.captions(SampleConfig(text="a 3", num=2)) == ["a 3", "a 3"]
-    assert sample.captions(SampleConfig(text="a 3|a 7|a 9", num=2)) == ["a 3", "a 7"]
+    assert infill.captions(SampleConfig(text="a 3|a 7", num=5)) == ["a 3", "a 7", "a 3", "a 7", "a 3"]
+    assert infill.captions(SampleConfig(text="a 3", num=2)) == ["a 3", "a 3"]
+    assert infill.captions(SampleConfig(text="a 3|a 7|a 9", num=2)) == ["a 3", "a 7"]
 
 
 def test_a_clip_is_drawn_from_its_own_caption(tiny: Path) -> None:
@@ -514,7 +515,7 @@ def test_a_setting_that_is_younger_than_the_checkpoint_has_its_default(tiny: Pat
 def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
     model, _ = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
-    plain, told, guided = (sample.text_guided(model, SampleConfig(num=1, text=text, w=w))(z, level)
+    plain, told, guided = (infill.text_guided(model, SampleConfig(num=1, text=text, w=w))(z, level)
                            for text, w in (("", 0.0), ("a four", 0.0), ("a four", 2.5)))
     assert (plain - told).abs().max() > 1e-3
     torch.testing.assert_close(guided, 3.5 * told - 2.5 * plain, rtol=1e-4, atol=1e-4)  # Eq. 6

@@ -228,7 +228,8 @@ def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monke
     assert dropped.tolist() == pytest.approx([0.25, 0.25], abs=0.03)  # 2400 draws each: 3.4 deviations
 
 
-def stub_loss(network: nn.Module, x: Tensor, diffusion: object, cond: Tensor, num_images: int) -> Tensor:
+def stub_loss(network: nn.Module, x: Tensor, diffusion: object, cond: Tensor, num_images: int,
+              keys: bool) -> Tensor:
     """A loss of each clip without times or noise, so that batches of different sizes can be compared."""
     return (network(x, torch.tensor(0.0), cond, num_images) - x).square().flatten(1).mean(1)
 

@@ -24,8 +24,9 @@ import checkpoint
 import config
 import cost
 import record
-from data import batches, save_video
+from data import batches
 from diffusion import denoiser, loss, noise_like, schedule
+from files import save_video
 from machine import Machine, start, stop_signals
 from sampling import dpm_solver
 from state import Settings, State, TrainConfig, build, save, settings

@@ -221,9 +221,10 @@ def per_frame(y: Tensor, frames: int) -> Tensor:
 class UNet3D(nn.Module):
     """The network of section 3: (z, logsnr, cond, num_images) -> eps or v, shaped like z.
 
-    z: (B, C, F + num_images, H, W), with config.keys three times as many channels (diffusion.reveal); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond:
-    token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for
-    each image frame; None is c = 0. block and embedding are what another network exchanges, magicvideo.py.
+    z: (B, C, F + num_images, H, W), with config.keys three times as many channels (diffusion.reveal); F may
+    differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond: token embeddings (B, L, D), or (B, 1 +
+    num_images, L, D) with the clip's caption first and then one for each image frame; None is c = 0. block
+    and embedding are what another network exchanges, magicvideo.py.
     """
     def __init__(self, config: UNetConfig, block: type[nn.Module] = Block,
                  embedding: type[nn.Module] = Embedding):

@@ -1,0 +1,137 @@
+"""Videos as files: clips in any usual format to train on, and GIF, WebP and film strip to look at.
+
+Tensors are (C, F, H, W) or (B, C, F, H, W) floats in [-1, 1]. Whatever is wrong with a file is a ValueError.
+"""
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from PIL import Image, ImageOps, ImageSequence
+from torch import Tensor
+
+STILLS, FILMS = (".png", ".jpg", ".jpeg", ".bmp"), (".mp4", ".avi", ".mov", ".mkv", ".webm")
+CLIPS = (".gif", ".webp", ".apng", ".npy", ".npz", *FILMS)
+MAX_FRAME, MAX_CLIP = 2**26, 2**31  # pixels of a frame, and of a clip: a thousand frames of 1920 x 1080
+
+
+def load_video(path: str | Path, size: int, channels: int) -> Tensor:
+    """All frames of a clip, (C, F, size, size) in [-1, 1]: short side fitted to size, centre cropped.
+
+    A clip is a GIF, WebP, (A)PNG, npy, npz or film file, or a folder of stills. ValueError: not readable.
+    """
+    return to_float(decode(Path(path), size, channels))
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 as floats in [-1, 1]."""
+    return pixels.div(127.5).sub_(1)  # 0 and 255 become -1 and 1 exactly
+
+
+def natural(path: Path) -> list:
+    """A key that sorts frame 10 after frame 9."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
+
+
+def decode(path: Path, size: int, channels: int) -> Tensor:
+    """All frames of a clip as uint8 (C, F, size, size); ValueError: broken, oversized or of no known kind."""
+    pixels, frames = 0, []
+    try:
+        for image in _frames(path):
+            pixels += max(image.width * image.height, size * size)
+            if image.width * image.height > MAX_FRAME or pixels > MAX_CLIP:
+                raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame or {MAX_CLIP} in all")
+            frames.append(_fit(image, size, channels))
+        return rearrange(torch.stack(frames), "f h w c -> c f h w").contiguous()
+    except Exception as error:  # a broken file makes decoders raise nearly anything, SyntaxError included
+        reason = "needs `pip install av`" if isinstance(error, ImportError) else str(error) or repr(error)
+        raise ValueError(f"{path}: broken or unusable, {' '.join(reason.split())}") from error
+
+
+decode_cached = lru_cache(maxsize=128)(decode)  # as uint8: 16 frames of 64 x 64 in RGB are 200 kB
+
+
+def _frames(path: Path) -> Iterator[Image.Image]:
+    if path.is_dir():
+        for still in sorted((p for p in path.glob("[!.]*") if p.suffix.lower() in STILLS), key=natural):
+            yield from _frames(still)
+    elif path.suffix.lower() in FILMS:
+        import av  # optional, and only for this
+
+        with av.open(str(path)) as film:
+            yield from (frame.to_image() for frame in film.decode(video=0))
+    elif path.suffix.lower() in (".npy", ".npz"):
+        yield from map(Image.fromarray, _array(path))
+    else:
+        # Pillow goes by content, not by name: only these readers, none that does more than decode pixels.
+        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP")) as image:
+            yield from ImageSequence.Iterator(image)
+
+
+def _array(path: Path) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
+    array = array if path.suffix.lower() == ".npy" else array["video" if array.files[1:] else array.files[0]]
+    if array.ndim != 3 and array.shape[3:] not in ((1,), (3,), (4,)):
+        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed")
+    if array.dtype != np.uint8:
+        if array.dtype.kind != "f" or not (array.min() >= -1 and array.max() <= 1):
+            raise ValueError("values that are neither uint8 nor floats in [0, 1] or [-1, 1]")
+        array = np.rint(array * 255 if array.min() >= 0 else (array + 1) * 127.5).astype(np.uint8)
+    return array[..., 0] if array.shape[3:] == (1,) else array
+
+
+def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size),
+                         Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).reshape(size, size, channels)
+
+
+# ---- files to look at ------------------------------------------------------------------------------------
+
+ORANGE, GREY = (255, 140, 0), (64, 64, 64)  # the margin of a frame that was given, and of all others
+
+
+def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: float = 8) -> list[Path]:
+    """Write x (B, C, F, H, W) in [-1, 1] as a grid of clips, .gif and lossless .webp, and a film strip, .png.
+
+    Frames marked in known, F booleans, get an orange margin. Returns the paths; such a suffix is cut off.
+    """
+    stem = re.sub(r"\.(gif|webp|png)$", "", str(path))
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    cells = _cells(x, known)
+    columns = int(np.ceil(np.sqrt(len(cells))))
+    blank = np.full_like(cells, GREY)[: -len(cells) % columns]
+    grid = rearrange(np.concatenate([cells, blank]), "(r c) f h w d -> f (r h) (c w) d", c=columns)
+    frames, strip = [Image.fromarray(frame) for frame in grid], rearrange(cells, "b f h w d -> (b h) (f w) d")
+    # One palette for all frames, or still parts flicker. It is exact up to 256 colours: grey without marks.
+    tall, height = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256), grid.shape[1]
+    indexed = [tall.crop((0, y, tall.width, y + height)) for y in range(0, tall.height, height)]
+    timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
+    gif = _write(Path(f"{stem}.gif"), indexed, optimize=False, **timing)
+    webp = _write(Path(f"{stem}.webp"), frames, lossless=True, **timing)
+    return [gif, webp, _write(Path(f"{stem}.png"), [Image.fromarray(strip)])]
+
+
+def _cells(x: Tensor, known: Sequence | None) -> np.ndarray:
+    assert x.ndim == 5 and x.shape[1] in (1, 3), f"expected (B, 1 or 3, F, H, W), got {tuple(x.shape)}"
+    # a cast alone truncates, and wraps beyond 255
+    pixels = x.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1).add(1).mul(127.5).round().byte()
+    zoom = -(-64 // min(x.shape[3:]))  # smaller clips are hard to see
+    pixels = repeat(pixels, "b c f h w -> b f (h i) (w j) (c n)", i=zoom, j=zoom, n=3 // x.shape[1]).numpy()
+    b, f, h, w, _ = pixels.shape
+    margin = [ORANGE if known is not None and known[i] else GREY for i in range(f)]
+    cells = np.tile(np.array(margin, np.uint8)[:, None, None], (b, 1, h + 4, w + 4, 1))
+    cells[:, :, 2:-2, 2:-2] = pixels
+    return cells
+
+
+def _write(path: Path, images: list[Image.Image], **options) -> Path:
+    temporary = path.with_name("." + path.name)  # so that nobody sees half a file
+    images[0].save(temporary, append_images=images[1:], **options)
+    return temporary.replace(path)

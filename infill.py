@@ -1,0 +1,208 @@
+"""Section 3.1: given some frames, or some frames made small, draw the rest of a video.
+
+Here guidance, sampler and network meet. Whatever is known is a Given, and fill() draws what is not, in blocks
+of the model's length where the video is longer. sample.py makes a Given of each of its modes.
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import config
+from autoencoder import Autoencoder, AutoencoderConfig, frozen
+from data import DataConfig
+from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
+from guidance import classifier_free, clipped, reconstruction_guided, replacement
+from magicvideo import NETWORKS
+from sampling import ddim, dpm_solver, identity, sample
+from text import TextConfig, embed
+from unet3d import UNet3D, UNetConfig
+
+PARTS = DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig
+Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade", "key_frames"]
+
+
+@dataclass
+class SampleConfig:
+    """What to draw, and how."""
+    mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
+    checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
+    base: str = ""  # cascade, key_frames: the model that draws what is given; else it is a real clip
+    text: str = ""  # caption of the clips, or several taking turns, separated by |; none: unconditional
+    fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
+    num: int = 4  # [1, 1024] clips
+    seed: int = 0  # [0, 2147483647] the same seed gives the same video
+    sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5, or fewer network calls
+    steps: int = 64  # [1, 100000] steps from noise to video
+    gamma: float = 0.0  # [0, 1] ancestral: 0 is the small variance, 1 the large one
+    delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
+    w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
+    method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
+    w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 2 for frames, 1.5 for small ones
+    frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
+    overlap: int = 0  # [0, 1024] frames given to predict, and shared by blocks; 0 is half the model's length
+    stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
+    scale: int = 2  # [2, 64] super_resolve, cascade: the given frames are so many times smaller
+    input: str = ""  # a video to start from; by default clips of the test split
+    out: str = "samples"  # folder for the .gif, .webp and .png
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
+    threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
+
+
+@dataclass
+class Model:
+    """A trained network with frozen averaged weights, and the settings that its checkpoint carries."""
+    network: UNet3D
+    data: DataConfig
+    diffusion: DiffusionConfig
+    text: TextConfig
+    device: torch.device
+    autoencoder: Autoencoder | None = None  # of a network that draws latents
+
+
+@dataclass
+class Given:
+    """What is known before sampling: x where a frame is known, and low where it is low_known."""
+    x: Tensor  # (B, C, T, H, W), zero where unknown
+    known: Tensor  # (T,) bool
+    low: Tensor | None = None  # (B, C, T, H / scale, W / scale), zero where unknown
+    low_known: Tensor | None = None  # (T,) bool
+
+    def block(self, where: slice) -> "Given":
+        low = (None, None) if self.low is None else (self.low[:, :, where], self.low_known[where])
+        return Given(self.x[:, :, where], self.known[where], *low)
+
+
+def nothing(model: Model, s: SampleConfig, frames: int) -> Given:
+    """A video of which no frame is known."""
+    unet = model.network.config
+    x = torch.zeros(s.num, unet.channels, frames, unet.size, unet.size, device=model.device)
+    return Given(x, torch.zeros(frames, dtype=torch.bool, device=model.device))
+
+
+def show(given: Given, where: slice, x: Tensor) -> Given:
+    """given, with the frames x (B, C, n, H, W) known at where."""
+    given.x[:, :, where], given.known[where] = x.to(given.x.device), True
+    return given
+
+
+def show_small(given: Given, stride: int, small: Tensor) -> Given:
+    """given, with every stride-th frame seen as small (B, C, n, H / scale, W / scale)."""
+    given.low = torch.zeros(*given.x.shape[:3], *small.shape[3:], device=given.x.device)
+    given.low_known = torch.zeros_like(given.known)
+    given.low[:, :, ::stride], given.low_known[::stride] = small.to(given.x.device), True
+    return given
+
+
+def smaller(x: Tensor, scale: int) -> Tensor:
+    """The video with each scale x scale square of pixels averaged into one."""
+    return nnf.avg_pool3d(x, (1, scale, scale))
+
+
+# ---- from a checkpoint to a denoiser ---------------------------------------------------------------------
+
+
+def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+    """The model in a checkpoint, EMA weights, no gradients, and the settings it was trained with."""
+    content = checkpoint.load(path)
+    try:
+        data, unet, diffusion, text, latent = config.rebuild(settings := content["settings"], *PARTS)
+        network = NETWORKS[settings.get("arch", "unet3d")](unet)
+        network.load_state_dict(content["ema"])
+        coder = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
+    return Model(network, data, diffusion, text, device, coder), settings
+
+
+def text_guided(model: Model, s: SampleConfig, keys: Tensor | None = None) -> Denoiser:
+    """The model's denoiser for --text, with classifier-free guidance of weight --w; c = 0 without a text."""
+    plain = denoiser(model.network, model.diffusion, keys=keys)
+    if not s.text or not model.text.cond_dim:
+        return plain
+    texts = captions(s) if keys is None else captions(dataclasses.replace(s, fps=0)) * (len(keys) // s.num)
+    cond = embed(texts, model.text).to(model.device)
+    return classifier_free(denoiser(model.network, model.diffusion, cond, keys), plain, s.w)
+
+
+def captions(s: SampleConfig) -> list[str]:
+    """One caption for each of --num clips: those of --text in turn, with --fps if it is given."""
+    return [text + f" at {s.fps:g} fps" * bool(s.fps) for text in s.text.split("|") * s.num][:s.num]
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------
+
+
+def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
+    """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
+    length, keys = model.network.config.frames, given.x if model.network.config.keys else None
+    generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s, keys)
+    starts = block_starts(given.known, length, overlap(model, s))
+    calls = s.steps if not s.delta else 2 * s.steps - 1
+    video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)
+    with tqdm(total=len(starts) * calls, unit=" calls", desc=s.mode) as bar:
+        for start in starts:
+            where = slice(start, start + length)
+            video.x[:, :, where] = draw(counted(denoise, bar), video.block(where), model, s, generator)
+            video.known[where] = True
+    return model.autoencoder.video(video.x) if model.autoencoder else video.x
+
+
+def overlap(model: Model, s: SampleConfig) -> int:
+    """The frames that predict is given and that blocks share."""
+    return s.overlap or model.network.config.frames // 2
+
+
+def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
+    """Where a video's blocks begin: each shares overlap frames or more with what is known before it."""
+    total, prefix = len(known), int(known.int().cumprod(0).sum())
+    starts = [max(0, min(prefix - overlap, total - length))]
+    while starts[-1] + length < total:
+        starts.append(min(starts[-1] + length - overlap, total - length))
+    return starts
+
+
+def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: torch.Generator) -> Tensor:
+    """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
+    known, constrain = given.known[:, None, None], identity
+    if model.network.config.keys:
+        known = torch.zeros_like(known)  # its denoiser knows them
+    if known.any():
+        constrain = replacement(given.x.clone(), known, noise)
+    if given.low is not None or known.any() and s.method == "reconstruction":
+        w_r = s.w_r or (2.0 if given.low is None else 1.5)
+        denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
+                                        lambda x: seen(given, s, x, smaller(x, s.scale)), w_r)
+    times = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64)
+    logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)
+    denoise = denoise if model.autoencoder else clipped(denoise)  # latents have no bounds
+    if s.sampler == "ancestral":
+        return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
+    return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](denoise, z, logsnrs, constrain)
+
+
+def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:
+    """What is given of a video, flat (B, n): its known frames, and its low_known frames made small."""
+    parts = [video * given.known[:, None, None]]
+    if given.low is not None:
+        # Paper: no factor. With it pooling has norm 1, and w_r means in space what it means in time
+        parts.append(s.scale * small * given.low_known[:, None, None])
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def counted(denoise: Denoiser, bar: tqdm) -> Denoiser:
+    """The denoiser, moving the progress bar at each call."""
+    def call(z: Tensor, logsnr: Tensor) -> Tensor:
+        bar.update()
+        return denoise(z, logsnr)
+    return call
