@@ -137,4 +137,5 @@ def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     every = lines[0]["step"] * s.train.batch_size
     return {"million_parameters": count / 1e6, "gflop_per_clip": flops / 1e9,
-            "clips_per_second": speed_of(run), "training_minutes": sum(every / line["clips_per_second"] for line in lines) / 60}
+            "clips_per_second": speed_of(run),
+            "training_minutes": sum(every / line["clips_per_second"] for line in lines) / 60}

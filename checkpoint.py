@@ -108,7 +108,7 @@ def publish(run: str | Path, out: str | Path) -> None:
     Raises ValueError if run holds no checkpoint.
     """
     content = load(newest(Path(run)))
-    private = {"out", "resume", "data_dir", "latent"} & set(content["settings"])  # paths
+    private = {"out", "resume", "data_dir", "init", "latent"} & set(content["settings"])  # paths
     settings = content["settings"] | dict.fromkeys(private, "")
     save(out, {"settings": settings, "step": content["step"],
                **{key: {name: value.bfloat16() for name, value in content[key].items()}

@@ -22,7 +22,8 @@ _PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), b
               ema=0.9999, num_images=8, cond_dim=0, dataset="video_folder", patch=1, noise_shift=1.0)
 _CPU = dict(size=32, digits=1, dim=32, dim_mults=(1, 2, 4, 6), blocks=1, patch=2, scale_shift=True,
             attention_resolutions=(2, 4, 8), head_dim=32, emb_dim=256, emb_layers=2, num_images=8,
-            noise_shift=3.0, lr=1e-3, warmup=150, decay="cosine", batch_size=8, ema=0.999, steps=8_000)
+            noise_shift=3.0, lr=1e-3, warmup=150, decay="cosine", batch_size=8, ema=0.999, steps=8_000,
+            short_captions=0.3)
 _TEXT = _PAPER | dict(encoder="bert", cond_dim=1024, tokens=64)
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cuda": dict(size=64, digits=2, dim=64, dim_mults=(1, 2, 4, 8), blocks=2, scale_shift=True,
                  attention_resolutions=(8, 16, 32), head_dim=64, emb_dim=512, emb_layers=2, num_images=4,
                  noise_shift=3.0, lr=5e-4, warmup=500, decay="cosine", batch_size=16, accumulate=2,
-                 checkpointing=True, ema=0.9995, steps=20_000),
+                 checkpointing=True, ema=0.9995, steps=20_000, short_captions=0.3),
     "ucf101": _PAPER | dict(dropout=0.1, steps=60_000),
     "bair": _PAPER | dict(dim=128, dim_mults=(1, 2, 3, 4), blocks=3, emb_layers=2, prediction="v",
                           dropout=0.1, lr=2e-4, beta2=0.999, weight_decay=0.01, ema=0.999,

@@ -216,7 +216,8 @@ def speed(lab: Lab) -> dict[str, Arm]:
 
 
 EXPERIMENTS = {"samplers": samplers, "joint": joint, "guidance": guidance, "extend": extend,
-               "predict": predict, "super_resolve": super_resolve, "positions": positions, "blocks": blocks, "speed": speed}
+               "predict": predict, "super_resolve": super_resolve, "positions": positions,
+               "blocks": blocks, "speed": speed}
 
 # ---- the table -------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class SampleConfig:
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
     base: str = ""  # cascade, key_frames: the model that draws what is given; else it is a real clip
-    text: str = ""  # caption of the clips, or several taking turns, separated by |; none: unconditional
+    text: str = ""  # caption of the clips, or several taking turns, separated by |; "" is unconditional
     fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips
     seed: int = 0  # [0, 2147483647] the same seed gives the same video

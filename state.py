@@ -116,7 +116,7 @@ def settings(argv: list[str] | None = None) -> Settings:
         raise ValueError("--latent and --dry_run are for networks that diffuse, not for --arch autoencoder")
     if s.train.latent and s.diffusion.prediction == "eps":
         raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
-    if s.unet.latent_factor != (s.autoencoder.factor if s.train.latent else 1):
+    if s.unet.latent_factor != (s.autoencoder.factor if s.train.latent else 1) and not s.train.dry_run:
         raise ValueError("--latent_factor follows from the autoencoder, which --latent names")
     return s
 

@@ -602,6 +602,32 @@ def test_the_preset_of_a_model_says_how_to_sample_it_unless_told_otherwise(tmp_p
     assert (pooled(enlarged.video) - low).square().mean() < 0.15 * low.square().mean()
 
 
+def test_digits_are_named_where_nothing_is_said_and_nothing_given() -> None:
+    trained = {"dataset": "moving_mnist", "preset": "cuda", "cond_dim": 8, "digits": 2}
+    quick = {"sampler": "dpm_solver", "steps": 25}
+    default = sample.for_digits(trained, {})
+    assert default["w"] == 3 and default["text"].split("|")[:2] == ["a 0 and a 3", "a 1 and a 4"]
+    assert quick.items() <= default.items()
+    assert sample.for_digits(trained, {"mode": "extend"}) == default | {"method": "replacement"}
+    for given in ({"text": ""}, {"w": 1.0}, {"fps": 4.0}, {"mode": "predict"}, {"input": "x"}):
+        assert sample.for_digits(trained, given) == quick
+    for given in ({"sampler": "ddim"}, {"steps": 9}, {"gamma": 0.1}, {"delta": 0.1}):
+        assert set(sample.for_digits(trained, given)) == {"text", "w"}
+    assert sample.for_digits(trained | {"cond_dim": 0}, {}) == quick
+    for other in ({"dataset": "video_folder"}, {"preset": "ucf101"}):
+        assert sample.for_digits(trained | other, {}) == {}
+
+
+def test_the_program_names_digits_unless_it_is_told_not_to(tiny: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, embed = [], infill.embed
+    monkeypatch.setattr(infill, "embed", lambda texts, text: heard.append(texts) or embed(texts, text))
+    program(tiny, "--num", 2, "--out", tmp_path)
+    assert heard == [["a 0", "a 1"]]
+    program(tiny, "--num", 2, "--text", "", "--out", tmp_path)
+    assert len(heard) == 1
+
+
 def test_another_sampler_keeps_what_the_paper_says_of_guidance() -> None:
     assert sample.papers_numbers("bair", {"sampler": "ddim"}) == {"w_r": 50.0, "overlap": 1}
     assert sample.papers_numbers("bair", {})["delta"] == 0.1
