@@ -153,8 +153,9 @@ def test_no_file_has_more_than_250_lines_of_code(name):
     assert code_lines(name) <= 250
 
 
-def test_the_project_has_at_most_2700_lines_of_code():
-    assert sum(map(code_lines, PRODUCT)) <= 2700  # 2,500 for the paper, and 200 for a second one, MagicVideo
+def test_the_project_has_at_most_2750_lines_of_code():
+    # 2,500 for the paper and its evidence, of which about 2,430 are used, and 250 above that for MagicVideo's
+    assert sum(map(code_lines, PRODUCT)) <= 2750
 
 
 def test_the_project_is_flat():
