@@ -16,7 +16,9 @@ import cost
 from autoencoder import Autoencoder
 from infill import load_model
 from lab import HERE, Arm, Lab
-from state import settings
+from state import Settings, settings
+
+NARROW = dict(preset="cpu", dim=24, head_dim=16)  # what all models here are trained with, but for their flags
 
 
 def joint(lab: Lab) -> dict[str, Arm]:
@@ -51,23 +53,18 @@ def small_model(lab: Lab, flags: dict[str, Any], frames: int, seed: int) -> dict
 
 def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
     """The checkpoint of a narrow model trained with flags and seed, or found in --out."""
-    folder = Path(lab.c.out) / "runs" / "-".join(
-        f"{key}_{value}".replace("/", "_") for key, value in (flags | {"seed": seed}).items())
+    flags = flags | dict(size=lab.model.data.size, digits=lab.model.data.digits, seed=seed)
+    name = "-".join(f"{key}_{value}".replace("/", "_") for key, value in flags.items())
+    folder = Path(lab.c.out) / "runs" / name
     done = folder / f"checkpoint_{flags['steps']:08d}.pt"
     if not done.exists():
-        values = narrow(lab, flags) | dict(seed=seed, out=folder, device=lab.c.device, threads=lab.c.threads,
-                                           precision=lab.c.precision, preview_every=100_000_000)
+        values = NARROW | flags | dict(out=folder, device=lab.c.device, precision=lab.c.precision,
+                                       threads=lab.c.threads, preview_every=100_000_000)
         if list(folder.glob("checkpoint_*.pt")):
             values = {"resume": folder}  # it was interrupted
         if subprocess.run([sys.executable, str(HERE / "train.py"), *words(values)]).returncode:
             raise ValueError(f"the training into {folder} did not end well; the same command goes on with it")
     return done
-
-
-def narrow(lab: Lab, flags: dict[str, Any]) -> dict[str, Any]:
-    """All flags of a small model for clips like the laboratory's."""
-    data = lab.model.data
-    return dict(preset="cpu", dim=24, head_dim=16, size=data.size, digits=data.digits) | flags
 
 
 def words(flags: dict[str, Any]) -> list[str]:
@@ -78,11 +75,12 @@ def words(flags: dict[str, Any]) -> list[str]:
 
 
 def blocks(lab: Lab) -> dict[str, Arm]:
-    """MagicVideo: its block against VDM's, in pixels and in latents, with as many parameters and as long a
-    training; captions, w = 1.
+    """MagicVideo: its block against VDM's, in pixels and in latents, with as many parameters (within 8%) and
+    as long a training; captions, w = 1.
 
-    FLOPs are of a clip's forward and backward pass, with its encoding. The paper, on other data: 64 times
-    fewer FLOPs than VDM; UCF101, zero shot: FVD 699 and 655.
+    FLOPs are of a clip's forward and backward pass, with its encoding; the autoencoder's parameters and its
+    own training are not counted. The paper, on other data: 64 times fewer FLOPs than VDM; UCF101, zero shot:
+    FVD 699 and 655.
     """
     latents = dict(latent=HERE / lab.c.autoencoder, patch=1, dim_mults="1,2,4", attention_resolutions="8,4,2")
     arms = {f"{name} block, {space}": {"arch": arch, "num_images": 4} | where
@@ -92,9 +90,11 @@ def blocks(lab: Lab) -> dict[str, Arm]:
     for flags in arms.values():
         flags["dim"] = min(range(8, 129, 4),
                            key=lambda dim: abs(parameters(lab, flags | {"dim": dim}) - target))
+    steps = {name: steps_in_time(lab, flags) for name, flags in arms.items()}  # one after the other, at once
 
-    def arm(flags: dict[str, Any], seed: int) -> dict[str, float]:
-        done = trained(lab, flags | {"steps": steps_in_time(lab, flags)}, seed)
+    def arm(name: str, seed: int) -> dict[str, float]:
+        flags = arms[name] | {"steps": steps[name], "log_every": max(1, min(50, steps[name] // 4))}
+        done = trained(lab, flags, seed)
         model, _ = load_model(done, lab.machine.device)
         _, texts, truth = lab.real(seed)
         begun = time.perf_counter()
@@ -102,21 +102,26 @@ def blocks(lab: Lab) -> dict[str, Arm]:
         seconds = (time.perf_counter() - begun) / lab.c.clips
         return bill(lab, flags, done.parent) | {"seconds_per_sample": seconds} | lab.measure(x) | {
             "digit_named": lab.digit_named(x, truth)}
-    return lab.bounds() | {name: partial(arm, flags) for name, flags in arms.items()}
+    return lab.bounds() | {name: partial(arm, name) for name in arms}
+
+
+def all_settings(lab: Lab, flags: dict[str, Any]) -> Settings:
+    """The settings of a model with flags, for clips like the laboratory's."""
+    return settings(words(NARROW | flags | dict(size=lab.model.data.size, digits=lab.model.data.digits)))
 
 
 def parameters(lab: Lab, flags: dict[str, Any]) -> int:
     """The number of parameters of the network that flags make."""
-    s = settings(words(narrow(lab, flags)))
+    s = all_settings(lab, flags)
     return cost.count(cost.network(s.unet, s.train.arch))
 
 
 def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
     """The optimizer steps that fit into --train_minutes, by a short run of the same model."""
     n = min(60, lab.c.train_steps)
-    folder = trained(lab, flags | {"steps": n, "log_every": max(1, n // 3)}, 0).parent
-    batch = config.PRESETS["cpu"]["batch_size"]
-    return max(2, round(60 * lab.c.train_minutes * speed_of(folder) / batch / 50) * 50)
+    here = dict(steps=n, log_every=max(1, n // 3), threads=lab.c.threads, precision=lab.c.precision)
+    rate = speed_of(trained(lab, flags | here, 0).parent)
+    return max(2, round(60 * lab.c.train_minutes * rate / config.PRESETS["cpu"]["batch_size"]))
 
 
 def speed_of(run: Path) -> float:
@@ -127,15 +132,13 @@ def speed_of(run: Path) -> float:
 
 def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:
     """What training costs: parameters in millions, GFLOP per clip, clips per second, minutes of the run."""
-    s = settings(words(narrow(lab, flags)))
+    s = all_settings(lab, flags)
     count, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens, s.train.arch)
     if s.train.latent:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             x = torch.empty(1, s.data.channels, s.data.frames + s.data.num_images, s.data.size, s.data.size)
             Autoencoder(s.autoencoder).encode(x)
         flops += counter.get_total_flops()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    every = lines[0]["step"] * s.train.batch_size
+    clips = s.train.batch_size * flags["steps"]
     return {"million_parameters": count / 1e6, "gflop_per_clip": flops / 1e9,
-            "clips_per_second": speed_of(run),
-            "training_minutes": sum(every / line["clips_per_second"] for line in lines) / 60}
+            "clips_per_second": speed_of(run), "training_minutes": clips / speed_of(run) / 60}

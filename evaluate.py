@@ -201,14 +201,20 @@ def speed(lab: Lab) -> dict[str, Arm]:
         return lab.draw(seed, texts=texts, w=1.0, fps=8 / stride, steps=lab.c.calls), truth
 
     def both(seed: int) -> dict[str, float]:
-        model, _ = infill.load_model(HERE / lab.c.interpolator, lab.machine.device)
-        x, truth = drawn(model.network.config.frames - 1, seed)
-        s = SampleConfig(num=len(x), seed=seed, steps=lab.c.calls)
-        with lab.machine.autocast():
-            filled = infill.fill(model, s, sample.gaps(model, s, sample.inside(model, x)))
-        return seen(sample.joined(filled, len(x)), truth)
+        x, truth = drawn(gap, seed)
+        videos = []
+        for i, part in enumerate(x.split(lab.c.batch_size)):
+            s = SampleConfig(num=len(part), seed=100_000 * seed + 50_000 + i, steps=lab.c.calls)
+            with lab.machine.autocast():
+                filled = infill.fill(second, s, sample.gaps(second, s, sample.inside(second, part)))
+            videos.append(sample.joined(filled, len(part))[:, :, :x.shape[2]])  # as long as the others
+        return seen(torch.cat(videos), truth)
 
-    strides = sorted(lab.model.data.frame_stride)
+    second, _ = infill.load_model(sample.find(str(HERE / lab.c.interpolator)), lab.machine.device)
+    strides, gap = sorted(lab.model.data.frame_stride), second.network.config.frames - 1
+    if len(strides) < 2 or gap not in strides or not second.network.config.keys:
+        raise ValueError("--experiment speed needs a --checkpoint trained with --frame_stride 1,2,4, and an "
+                         "--interpolator trained with --keys, whose --frames are one more than a stride")
     return ({f"real clips, {8 / stride:g} fps": partial(real, stride) for stride in strides}
             | {f"drawn with --fps {8 / stride:g}": lambda seed, stride=stride: seen(*drawn(stride, seed))
                for stride in strides}
@@ -259,6 +265,7 @@ def main() -> None:
     c, = config.parse(EvaluateConfig)
     if c.quick:
         c = dataclasses.replace(c, clips=2, reference=8, seeds=1, calls=4, frames=24, train_steps=2,
+                                train_minutes=0.005,
                                 out=f"{c.out}/quick")  # beside the results that were meant
     lab, begun = build(c), time.time()
     Path(c.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work

@@ -122,7 +122,7 @@ def build(c: EvaluateConfig) -> Lab:
     path = sample.find(str(HERE / c.checkpoint))  # an absolute path stays what it is
     model, _ = infill.load_model(path, machine.device)
     features = load_features(HERE / c.features)
-    drawn = (model.network.config.size, model.data.digits)
+    drawn = (model.data.size, model.data.digits)
     if model.data.dataset != "moving_mnist" and (model.data.dataset, c.experiment) != (
             "stochastic_moving_mnist", "predict"):
         raise ValueError(f"{path} draws {model.data.dataset}, and {c.experiment} measures moving_mnist alone")

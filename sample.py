@@ -154,6 +154,12 @@ def check(model: Model, s: SampleConfig) -> None:
         "--mode key_frames needs a model trained with --keys, and a model trained so knows no other mode":
             (s.mode == "key_frames") != model.network.config.keys,
         "--fps is said after a caption: it needs --text": s.fps and not s.text,
+        "--fps is the key frames', and without --base they are given": s.fps and s.mode == "key_frames"
+            and not s.base,
+        "--method and --w_r steer towards given frames, and a model trained with --keys sees them":
+            s.mode == "key_frames" and (s.method == "replacement" or s.w_r),
+        f"--frames {s.frames} must be 1 more than a multiple of {length - 1}, the way from key to key":
+            s.mode == "key_frames" and s.frames and (s.frames - 1) % (length - 1),
         "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
         f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
             (s.delta or s.gamma) and s.sampler != "ancestral",
@@ -179,7 +185,7 @@ def main() -> None:
     machine, path = start(s.device, s.precision, s.threads), find(s.checkpoint)
     model, trained = load_model(path, machine.device)
     s, = config.parse(SampleConfig, defaults=lambda given: (
-        for_digits(trained, given) | papers_numbers(trained.get("preset"), given)))
+        for_digits(model, trained, given) | papers_numbers(trained.get("preset"), given)))
     check(model, s)
     print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px")
     mode = {"generate": generate, "predict": predict, "extend": extend, "interpolate": interpolate,
@@ -187,6 +193,8 @@ def main() -> None:
     with machine.autocast():
         given = mode(model, s)
         Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
+        if s.base:  # which drew with this seed already
+            s.seed += 1
         video = fill(model, s, given)
     marks = given.known if given.low is None else given.known | given.low_known
     if s.mode == "key_frames":
@@ -196,21 +204,23 @@ def main() -> None:
         print(written)
 
 
-def for_digits(trained: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What is best for our models of moving digits, where nothing else is said (results/): dpm_solver, 25
-    steps; digits for captions, with --w 3, where nothing is given; replacement in long clips.
+def for_digits(model: Model, trained: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What we chose for our presets' models of moving digits, where nothing else is said: dpm_solver where
+    nothing is given, else the corrector; replacement in long clips; digits for captions, with --w 3, where
+    nothing is given and training showed such captions.
     """
     if trained.get("dataset") != "moving_mnist" or trained.get("preset") not in ("cpu", "cpu_wide", "cuda"):
         return {}
     mode, chosen = given.get("mode", "generate"), {}
-    if not {"sampler", "steps", "gamma", "delta"} & set(given):
-        chosen = {"sampler": "dpm_solver", "steps": 25}
-    if mode == "extend":
+    free = mode in ("generate", "extend") and "input" not in given
+    if not {"sampler", "gamma", "delta"} & set(given):
+        chosen = {"sampler": "dpm_solver", "steps": 25} if free else {"steps": 32, "delta": 0.1}
+    if mode == "extend" and "w_r" not in given:
         chosen |= {"method": "replacement"}
-    said = {"text", "w", "fps", "input"} & set(given)
-    if said or mode not in ("generate", "extend") or not trained["cond_dim"]:
+    known = model.text.cond_dim and model.data.short_captions
+    if not free or not known or {"text", "w", "fps"} & set(given):
         return chosen
-    texts = [" and ".join(f"a {(first + 3 * k) % 10}" for k in range(trained["digits"]))
+    texts = [" and ".join(f"a {(first + 3 * k) % 10}" for k in range(model.data.digits))
              for first in range(10)]
     return chosen | {"text": "|".join(texts), "w": 3.0}
 

@@ -112,8 +112,9 @@ def settings(argv: list[str] | None = None) -> Settings:
     s = Settings(*config.parse(*parts, argv=argv, defaults=defaults), resumed)
     if s.train.arch == "autoencoder" and s.data.size % s.autoencoder.factor:
         raise ValueError(f"--size {s.data.size} is not divisible by --factor {s.autoencoder.factor}")
-    if s.train.arch == "autoencoder" and (s.train.latent or s.train.dry_run):
-        raise ValueError("--latent and --dry_run are for networks that diffuse, not for --arch autoencoder")
+    if s.train.arch == "autoencoder" and (s.train.latent or s.train.dry_run or s.unet.keys):
+        raise ValueError("--latent, --keys and --dry_run are for networks that diffuse, not for --arch "
+                         "autoencoder")
     if s.train.latent and s.diffusion.prediction == "eps":
         raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
     if s.unet.latent_factor != (s.autoencoder.factor if s.train.latent else 1) and not s.train.dry_run:
@@ -141,7 +142,8 @@ def start_of(init: str | None, latent: str | None) -> dict[str, Any]:
         found += config.rebuild(stored, UNetConfig, DiffusionConfig, TextConfig)
     if latent:
         found += config.rebuild(load_weights("latent", latent, True)["settings"], AutoencoderConfig)
-    taken = {name: value for part in found for name, value in vars(part).items()}
+    taken = {name: value for part in found for name, value in vars(part).items()
+             if name not in ("dropout", "checkpointing")}
     taken |= {"arch": config.rebuild(stored, TrainConfig)[0].arch} if init else {}
     return taken | ({"latent_factor": taken["factor"]} if latent else {})
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ablations
 import evaluate
 import infill
 import lab as lab_module
@@ -20,8 +21,10 @@ from data import DIRECTIONS, DataConfig, moving_mnist
 from ablations import small_model
 from evaluate import closest, heading, table
 from lab import EvaluateConfig, build
+from test_key_frames import BETWEEN, TINY, fitted
 
 HERE = Path(__file__).parent
+WIDE = ["--attention_resolutions", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,18 @@ def quick(experiment: str, out: Path, *flags: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("experiment", ["samplers", "guidance", "extend", "predict", "super_resolve", "joint",
-                                        "positions"])
-def test_every_experiment_runs_quickly_and_writes_its_table(experiment, tmp_path):
-    done = quick(experiment, tmp_path)
+@pytest.fixture(scope="module")
+def speeds(tmp_path_factory) -> list[str]:
+    """The flags of a small model that knows three speeds, and of one that fills between key frames."""
+    folder = tmp_path_factory.mktemp("speeds")
+    fitted([*TINY, "--size", 32, "--frames", 16, "--frame_stride", "1,2,4", *WIDE], folder / "slow")
+    fitted([*BETWEEN, "--size", 32, "--frames", 5, *WIDE], folder / "between")
+    return ["--checkpoint", str(folder / "slow"), "--interpolator", str(folder / "between")]
+
+
+@pytest.mark.parametrize("experiment", list(evaluate.EXPERIMENTS))
+def test_every_experiment_runs_quickly_and_writes_its_table(experiment, speeds, tmp_path):
+    done = quick(experiment, tmp_path, *(speeds if experiment == "speed" else []))
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "quick" / f"{experiment}.md").read_text()
     numbers = json.loads((tmp_path / "quick" / f"{experiment}.json").read_text())
@@ -47,7 +58,7 @@ def test_every_experiment_runs_quickly_and_writes_its_table(experiment, tmp_path
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
     assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
     assert "--quick" in numbers["command"] and len(numbers["features"]) == len(numbers["checkpoint"]) == 64
-    if experiment != "predict":
+    if experiment not in ("predict", "speed"):
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
 
 
@@ -128,6 +139,31 @@ def test_image_frames_are_compared_at_equal_steps_and_at_equal_compute(lab):
     assert compute == {300 * 24}
 
 
+def test_blocks_are_compared_with_as_many_parameters(lab, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ablations, "steps_in_time", lambda lab, flags: seen.append(flags) or 2)
+    names = [name.split(" block, ") for name in evaluate.blocks(lab) if "block" in name]
+    assert sorted(names) == [["MagicVideo", "latents"], ["MagicVideo", "pixels"], ["VDM", "latents"],
+                             ["VDM", "pixels"]]
+    sizes = [ablations.parameters(lab, flags) for flags in seen]
+    assert max(sizes) < 1.2 * min(sizes) and len({flags["dim"] for flags in seen}) > 1
+
+
+def test_the_steps_are_those_that_fit_into_the_minutes(lab, tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": 20 * (i + 1), "clips_per_second": rate}) + "\n"
+        for i, rate in enumerate((1.0, 16.0, 16.0))))
+    monkeypatch.setattr(ablations, "trained", lambda *args: tmp_path / "checkpoint.pt")
+    lab.c.train_minutes = 5.0
+    assert ablations.steps_in_time(lab, {}) == 5 * 60 * 16 // 8
+
+
+def test_speeds_are_compared_of_a_model_that_knows_several_alone(lab, speeds):
+    lab.c.interpolator = speeds[3]
+    with pytest.raises(ValueError, match="--frame_stride 1,2,4"):
+        evaluate.speed(lab)
+
+
 def test_long_clips_are_measured_in_pieces_of_the_models_length(lab, monkeypatch):
     monkeypatch.setattr(metrics, "measure", lambda x, *rest: {"clips": len(x), "frames": x.shape[2]})
     assert lab.measure(torch.zeros(2, 1, 40, 32, 32)) == {"clips": 4, "frames": 16}
@@ -189,7 +225,7 @@ def test_bad_input_is_one_sentence(flags, sentence, tmp_path):
 
 def test_a_trained_small_model_is_found_again(lab, tmp_path, monkeypatch):
     lab.c.out = str(tmp_path)
-    folder = tmp_path / "runs" / "steps_2-size_32-digits_1-seed_0"
+    folder = tmp_path / "runs" / "cond_dim_0-steps_2-size_32-digits_1-seed_0"
     folder.mkdir(parents=True)
     shutil.copy(HERE / "pretrained" / "moving_mnist_32.pt", folder / "checkpoint_00000002.pt")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))

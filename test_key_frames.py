@@ -154,7 +154,7 @@ def test_key_frames_stay_and_the_frames_between_are_drawn(between, tmp_path, mon
     true = sample.source(model, infill.SampleConfig(num=2), 13)
     assert torch.equal(video[:, :, ::3], true[:, :, ::3])
     assert not torch.allclose(video[:, :, 1], true[:, :, 1], atol=0.01)
-    shorter, _ = program(monkeypatch, *flags, "--frames", 8)
+    shorter, _ = program(monkeypatch, *flags, "--frames", 7)
     assert shorter.shape[2] == 7 and torch.equal(shorter[:, :, ::3], true[:, :, :7:3])
 
 
@@ -182,7 +182,10 @@ def test_a_base_draws_with_captions_where_the_frames_between_know_none(slow, tmp
 @pytest.mark.parametrize("flags, parts", [
     (["--checkpoint", "BETWEEN"], ("--mode key_frames", "--keys")),
     (["--checkpoint", "SLOW", "--mode", "key_frames"], ("--mode key_frames", "--keys")),
-    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--frames", "3"], ("one key frame", "--frames")),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--frames", "1"], ("one key frame", "--frames")),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--frames", "8"], ("--frames 8", "a multiple of 3")),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--text", "a 3", "--fps", "2"], ("--fps", "--base")),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--w_r", "2"], ("--w_r", "--keys")),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "SLOW", "--input", "x"], ("--input",)),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "BETWEEN"], ("--keys",)),
     (["--checkpoint", "SLOW", "--base", "SLOW"], ("--base", "key_frames"))])

@@ -602,20 +602,27 @@ def test_the_preset_of_a_model_says_how_to_sample_it_unless_told_otherwise(tmp_p
     assert (pooled(enlarged.video) - low).square().mean() < 0.15 * low.square().mean()
 
 
-def test_digits_are_named_where_nothing_is_said_and_nothing_given() -> None:
-    trained = {"dataset": "moving_mnist", "preset": "cuda", "cond_dim": 8, "digits": 2}
-    quick = {"sampler": "dpm_solver", "steps": 25}
-    default = sample.for_digits(trained, {})
+def test_digits_are_named_where_nothing_is_said_and_nothing_given(tiny: Path) -> None:
+    model, settings = load_model(checkpoint.newest(tiny), torch.device("cpu"))
+    trained = {"dataset": "moving_mnist", "preset": "cuda"}
+    two = dataclasses.replace(model, data=dataclasses.replace(model.data, digits=2, short_captions=0.3))
+    quick, given = {"sampler": "dpm_solver", "steps": 25}, {"steps": 32, "delta": 0.1}
+    default = sample.for_digits(two, trained, {})
     assert default["w"] == 3 and default["text"].split("|")[:2] == ["a 0 and a 3", "a 1 and a 4"]
-    assert quick.items() <= default.items()
-    assert sample.for_digits(trained, {"mode": "extend"}) == default | {"method": "replacement"}
-    for given in ({"text": ""}, {"w": 1.0}, {"fps": 4.0}, {"mode": "predict"}, {"input": "x"}):
-        assert sample.for_digits(trained, given) == quick
-    for given in ({"sampler": "ddim"}, {"steps": 9}, {"gamma": 0.1}, {"delta": 0.1}):
-        assert set(sample.for_digits(trained, given)) == {"text", "w"}
-    assert sample.for_digits(trained | {"cond_dim": 0}, {}) == quick
+    assert quick.items() <= default.items() and sample.for_digits(two, trained, {"steps": 9}) == default
+    assert sample.for_digits(two, trained, {"mode": "extend"}) == default | {"method": "replacement"}
+    assert sample.for_digits(two, trained, {"mode": "extend", "w_r": 5.0}) == default
+    for said in ({"text": ""}, {"w": 1.0}, {"fps": 4.0}):
+        assert sample.for_digits(two, trained, said) == quick
+    for said in ({"mode": "predict"}, {"mode": "cascade"}):
+        assert sample.for_digits(two, trained, said) == given
+    for said in ({"sampler": "ddim"}, {"gamma": 0.1}, {"delta": 0.1}):
+        assert set(sample.for_digits(two, trained, said)) == {"text", "w"}
+    long = dataclasses.replace(two, data=dataclasses.replace(two.data, short_captions=0.0))
+    deaf = dataclasses.replace(two, text=dataclasses.replace(two.text, cond_dim=0))
+    assert sample.for_digits(long, trained, {}) == sample.for_digits(deaf, trained, {}) == quick
     for other in ({"dataset": "video_folder"}, {"preset": "ucf101"}):
-        assert sample.for_digits(trained | other, {}) == {}
+        assert sample.for_digits(two, trained | other, {}) == {}
 
 
 def test_the_program_names_digits_unless_it_is_told_not_to(tiny: Path, tmp_path: Path,
