@@ -610,10 +610,12 @@ def test_digits_are_named_where_nothing_is_said_and_nothing_given(tiny: Path) ->
     default = sample.for_digits(two, trained, {})
     assert default["w"] == 3 and default["text"].split("|")[:2] == ["a 0 and a 3", "a 1 and a 4"]
     assert quick.items() <= default.items() and sample.for_digits(two, trained, {"steps": 9}) == default
-    assert sample.for_digits(two, trained, {"mode": "extend"}) == default | {"method": "replacement"}
-    assert sample.for_digits(two, trained, {"mode": "extend", "w_r": 5.0}) == default
+    named = {"text": default["text"], "w": 3.0}
+    assert sample.for_digits(two, trained, {"mode": "extend"}) == given | named | {"method": "replacement"}
+    assert sample.for_digits(two, trained, {"mode": "extend", "w_r": 5.0}) == given | named
     for said in ({"text": ""}, {"w": 1.0}, {"fps": 4.0}):
         assert sample.for_digits(two, trained, said) == quick
+    assert set(sample.for_digits(two, trained, {"mode": "extend", "input": "x"})) == {*given, "method"}
     for said in ({"mode": "predict"}, {"mode": "cascade"}):
         assert sample.for_digits(two, trained, said) == given
     for said in ({"sampler": "ddim"}, {"gamma": 0.1}, {"delta": 0.1}):
