@@ -1,5 +1,8 @@
 """Flags of the tests: python -m pytest test_faults.py --kills 50 --fuzz 60."""
+import functools
+import inspect
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +20,11 @@ def signals_as_before():
     yield
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sources_read_once() -> Iterator[None]:
+    """inspect.getsource parses a whole file, for each dataclass of each command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        yield

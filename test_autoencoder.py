@@ -1,7 +1,4 @@
 """The autoencoder: shapes, the KL's closed form, which frames hear of which, and diffusion in its latents."""
-import functools
-import inspect
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ import train
 from autoencoder import Autoencoder, AutoencoderConfig, kl
 from data import DataConfig, batches
 from machine import Machine
+from test_train import fitted
 from test_unet3d import changed, noise, wild
 from unet3d import UNet3D, UNetConfig
 
@@ -29,22 +27,6 @@ TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --
         "--preview_every 2").split()
 CODER = [*TINY, *"--arch autoencoder --attention_resolutions 16 --width 8 --factor 4".split()]
 LATENT = [*TINY, *"--attention_resolutions 4 --latent".split()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def sources_read_once() -> Iterator[None]:
-    """inspect.getsource parses a whole file, for each dataclass of each command line."""
-    with MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        yield
-
-
-def fitted(flags: list, out: Path) -> dict:
-    """The checkpoint of a run with these flags."""
-    s = train.settings([*map(str, flags), "--out", str(out)])
-    with train.prepare(s, CPU):
-        train.fit(s, CPU)
-    return checkpoint.load(checkpoint.newest(out))
 
 
 def digits(n: int, size: int = 16, **changes) -> Tensor:

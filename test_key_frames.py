@@ -1,9 +1,6 @@
 """Key frames and the frames between them (MagicVideo), from the loss to the program; --init beside it."""
 import dataclasses
-import functools
-import inspect
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ import train
 from diffusion import DiffusionConfig, denoiser, ends, loss, reveal
 from machine import Machine
 from magicvideo import NETWORKS
+from test_train import fitted
 from test_unet3d import changed, noise, small, wild
 
 CPU = Machine(torch.device("cpu"), "float32")
@@ -27,22 +25,6 @@ TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --
         "--tokens 12 --attention_resolutions 8 --num_images 1 --batch_size 2 --steps 2 --warmup 0 "
         "--lr 0.01").split()
 BETWEEN = [*TINY, "--keys", "--frames", "4"]  # two frames between two key frames
-
-
-@pytest.fixture(autouse=True, scope="module")
-def sources_read_once() -> Iterator[None]:
-    """inspect.getsource parses a whole file, for each dataclass of each command line."""
-    with MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        yield
-
-
-def fitted(flags: list, out: Path) -> dict:
-    """The checkpoint of a run with these flags."""
-    s = train.settings([*map(str, flags), "--out", str(out)])
-    with train.prepare(s, CPU):
-        train.fit(s, CPU)
-    return checkpoint.load(checkpoint.newest(out))
 
 
 @pytest.fixture(scope="module")

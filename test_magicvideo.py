@@ -1,8 +1,6 @@
 """MagicVideo's blocks against loops over frames, what may depend on what, training and sampling."""
 import functools
-import inspect
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +27,6 @@ TINY = ("--arch magicvideo --preset cpu --device cpu --precision float32 --datas
         "--frames 4 --num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 12 --batch_size 2 "
         "--steps 2 --warmup 0 --lr 0.01").split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def sources_read_once() -> Iterator[None]:
-    """inspect.getsource parses a whole file, for each dataclass of each command line."""
-    with MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        yield
 
 
 def network(**changes) -> MagicVideo:

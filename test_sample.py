@@ -1,11 +1,9 @@
 """Sampling: the modes end to end from a tiny checkpoint, and their composition with closed-form denoisers."""
 import dataclasses
-import functools
-import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +34,6 @@ TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --
         "--steps 1").split()
 QUICK = "--device cpu --precision float32 --steps 3 --num 2".split()
 ORANGE, GREY = (255, 140, 0), (64, 64, 64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def sources_read_once() -> Iterator[None]:
-    """inspect.getsource parses a whole file, for each dataclass of each command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        yield
 
 
 # ---- a tiny checkpoint, and python sample.py in this process -----------------------------------------------

@@ -3,8 +3,6 @@
 Most runs are a few steps of a tiny network in this process; real processes where the process is the point.
 """
 import dataclasses
-import functools
-import inspect
 import itertools
 import json
 import math
@@ -31,7 +29,7 @@ import checkpoint
 import config
 import record
 import train
-from data import DataConfig, batches
+from data import batches
 from diffusion import denoiser, schedule
 from machine import Machine
 from sampling import dpm_solver
@@ -46,14 +44,6 @@ TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --
 # everything random in one run: dropout, image frames, dropped captions, two micro-batches in a step
 RUN = [*TINY, *("--steps 6 --accumulate 2 --dropout 0.2 --cond_dropout 0.5 --ema 0.3 --warmup 3 --lr 0.01 "
                 "--save_every 2 --log_every 2 --preview_every 4").split()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def sources_read_once() -> Iterator[None]:
-    """inspect.getsource parses a whole file, for each dataclass of each command line."""
-    with MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        yield
 
 
 def program(monkeypatch: MonkeyPatch, flags: list) -> None:
