@@ -178,6 +178,15 @@ def test_fvd_is_printed_when_and_only_when_its_network_is_given(lab, monkeypatch
     lab.c.i3d = ""
 
 
+def test_only_some_arms_are_run(tmp_path):
+    done = quick("guidance", tmp_path, "--only", "w = 1|real")
+    assert done.returncode == 0
+    numbers = json.loads((tmp_path / "quick" / "guidance.json").read_text())
+    assert list(numbers["raw"]) == ["real clips (floor)", "w = 1 (2.0 in Table 5)"]
+    none = quick("guidance", tmp_path, "--only", "dreams")
+    assert none.returncode == 2 and "leaves no arm of --experiment guidance" in none.stderr
+
+
 def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
     features = SimpleNamespace(settings={"size": 64, "digits": 2})
     monkeypatch.setattr(lab_module, "load_features", lambda path: features)
