@@ -133,16 +133,26 @@ def predict(lab: Lab) -> dict[str, Arm]:
         drawn = [lab.draw(100 * seed + i, first(lab, x, k), **flags) for i in range(draws)]
         return x[:, :, k - 1:k], x[:, :, k:], torch.stack(drawn)[:, :, :, k:]
 
-    def arm(guess: Callable[[Tensor, Tensor, Tensor], Tensor], seed: int) -> dict[str, float]:
-        x, y = futures(seed)[1], guess(*futures(seed))
+    def errors(x: Tensor, y: Tensor) -> dict[str, float]:
         return {"mse_per_frame": metrics.mse_per_frame(x, y), "psnr": metrics.psnr(x, y),
                 "ssim": metrics.ssim(x, y)}
+
+    def arm(guess: Callable[[Tensor, Tensor, Tensor], Tensor], seed: int) -> dict[str, float]:
+        return errors(futures(seed)[1], guess(*futures(seed)))
+
+    def steered(flags: dict[str, Any], seed: int) -> dict[str, float]:
+        x = lab.real(seed, k + 10)[0]
+        y = lab.draw(100 * seed, first(lab, x, k), overlap=k, steps=lab.c.calls, **flags)
+        return errors(x[:, :, k:], y[:, :, k:])
+    methods = {"replacement": dict(method="replacement")}
+    methods |= {f"w_r {w_r}": dict(w_r=w_r) for w_r in (1, 5, 20)}
     guesses = {"one sample": lambda last, x, drawn: drawn[0],
                f"best of {draws}": lambda last, x, drawn: closest(x, drawn),
                f"mean of {draws}": lambda last, x, drawn: drawn.mean(0),
                "last frame repeated": lambda last, x, drawn: last.expand_as(x),
                "black frames": lambda last, x, drawn: torch.full_like(x, -1)}
-    return {f"{k} → 10, {name}": partial(arm, guess) for name, guess in guesses.items()}
+    return ({f"{k} → 10, {name}": partial(arm, guess) for name, guess in guesses.items()}
+            | {f"{k} → 10, one sample, {name}": partial(steered, flags) for name, flags in methods.items()})
 
 
 def first(lab: Lab, x: Tensor, k: int) -> Callable[[SampleConfig, slice], Given]:
