@@ -118,8 +118,8 @@ def parameters(lab: Lab, flags: dict[str, Any]) -> int:
 
 def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
     """The optimizer steps that fit into --train_minutes, by a short run of the same model."""
-    n = min(60, lab.c.train_steps)
-    here = dict(steps=n, log_every=max(1, n // 3), threads=lab.c.threads, precision=lab.c.precision)
+    here = dict(steps=(n := min(60, lab.c.train_steps)), log_every=max(1, n // 3), threads=lab.c.threads,
+                precision=lab.c.precision)
     rate = speed_of(trained(lab, flags | here, 0).parent)
     return max(2, round(60 * lab.c.train_minutes * rate / config.PRESETS["cpu"]["batch_size"]))
 

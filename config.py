@@ -1,7 +1,7 @@
 """The command line: a dataclass is a set of flags, a field's comment its --help, and presets are values.
 
 A numeric field's comment starts with the range it allows, [1, 16] or (0, inf); --help shows it and parse()
-enforces it. The presets carry the hyperparameters of the paper's appendix, and two small sets of our own.
+enforces it. The presets carry the hyperparameters of the paper's appendix, and three sets of our own.
 """
 import argparse
 import dataclasses

@@ -130,8 +130,8 @@ def _straight(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.
     steps = config.frame_stride[0] * np.arange(config.frames)[:, None]
     way = start + 0.1 * np.stack([-np.sin(angle), np.cos(angle)], -1) * steps  # the walls are at 0 and 1
     sector = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
-    chance = config.short_captions
-    short = rng.random(len(labels)) < chance if chance else [False] * len(labels)  # 0 draws no numbers
+    # A chance of 0 draws no numbers.
+    short = rng.random(len(labels)) < c if (c := config.short_captions) else [False] * len(labels)
     # Always "a", so that a prompt differs by its digit alone.
     phrases = [[f"a {d}" + f" moving {DIRECTIONS[s]}" * (not brief) for d, s in zip(*clip)]
                for *clip, brief in zip(labels, sector, short)]

@@ -1,9 +1,10 @@
 """The experiments behind the tables of section 4, on Moving MNIST: python evaluate.py --experiment NAME.
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
-raw numbers beside it. What is drawn stands beside two real rows: as many clips of the test split (the floor),
-and as many whose every frame is from another clip (chance: good frames, no video). samplers, predict and
-super_resolve draw without captions. Those that train models of their own are in ablations.py.
+raw numbers beside it. But for predict and speed, what is drawn stands beside two real rows: as many clips of
+the test split (the floor), and as many whose every frame is from another clip (chance: good frames, no
+video). samplers, predict and super_resolve draw without captions. Those that train models of their own are in
+ablations.py.
 """
 import dataclasses
 import inspect
@@ -91,7 +92,7 @@ def extend(lab: Lab) -> dict[str, Arm]:
     """Table 6: long videos block by block, reconstruction guidance against replacement; the seams.
 
     The caption names the digit alone, with --w. A reconstruction-guided call takes about twice as long.
-    Columns that do not say "whole" or name a seam are of pieces of the model's length. The paper, on other
+    Columns that say neither whole, seam nor inside are of pieces of the model's length. The paper, on other
     data: FVD of 64 frames, guidance weight 2.0: reconstruction 136.22, replacement 451.45, ratio 3.3.
     """
     frames, length = lab.c.frames, lab.model.network.config.frames
@@ -108,6 +109,7 @@ def extend(lab: Lab) -> dict[str, Arm]:
         classes, places, *_ = lab.observe(x)
         path = metrics.trajectory_residual(places, low, high, 0.2 * (high - low)).mean().item()
         return {"identity_kept_whole": metrics.identity_kept(classes), "residual_whole": path,
+                "digit_named": metrics.identity_true(classes, lab.real(seed)[2]["labels"]),
                 **metrics.seam(places, classes, [start + length for start in blocks[:-1]])}
 
     def arm(values: dict[str, Any], seed: int) -> dict[str, float]:
@@ -275,8 +277,7 @@ def main() -> None:
     c, = config.parse(EvaluateConfig)
     if c.quick:
         c = dataclasses.replace(c, clips=2, reference=8, seeds=1, calls=4, frames=24, train_steps=2,
-                                train_minutes=0.005,
-                                out=f"{c.out}/quick")  # beside the results that were meant
+                                train_minutes=0.005, out=f"{c.out}/quick")  # beside the results that were meant
     lab, begun = build(c), time.time()
     Path(c.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
     experiment = EXPERIMENTS[c.experiment]

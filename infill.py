@@ -30,7 +30,7 @@ Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", 
 
 @dataclass
 class SampleConfig:
-    """What to draw, and how."""
+    """What to draw, and how; sample.py starts from other values for some models (README.md)."""
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
     base: str = ""  # cascade, key_frames: the model that draws what is given; else it is a real clip

@@ -26,7 +26,7 @@ Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "supe
 @dataclass
 class EvaluateConfig:
     """Which experiment, on which model, how large."""
-    experiment: Experiment = "samplers"  # which of the paper's tables
+    experiment: Experiment = "samplers"  # which one
     checkpoint: str = "pretrained/moving_mnist_32.pt"  # a checkpoint or a run's folder
     features: str = "pretrained/features_32.pt"  # the networks that measure, trained by features.py
     clips: int = 32  # [2, 100000] clips of each arm and seed
@@ -40,7 +40,7 @@ class EvaluateConfig:
     train_steps: int = 2000  # [1, 100000000] joint, positions: optimizer steps of their small models
     train_minutes: float = 4.0  # (0, 10000] blocks: minutes of training of each of its models
     autoencoder: str = "pretrained/autoencoder_32.pt"  # blocks: whose latents its models draw
-    interpolator: str = "pretrained/interpolate_32.pt"  # speed: fills the frames between key frames
+    interpolator: str = "pretrained/interpolate_32.pt"  # speed: a run with --keys; none is shipped
     quick: bool = False  # few clips, one seed, few calls: minutes, and only to see that it works
     i3d: str = ""  # a TorchScript I3D file that you trust: adds FVD
     out: str = "results"  # folder of NAME.md and NAME.json
@@ -73,7 +73,7 @@ class Lab:
 
     def draw(self, seed: int, given: Callable[[SampleConfig, slice], Given] | None = None, frames: int = 0,
              texts: list[str] | None = None, model: Model | None = None, **flags: Any) -> Tensor:
-        """--clips clips as sample.py draws them, with its flags; given(settings, which clips) is known."""
+        """--clips clips, by flags of SampleConfig or its defaults; given(settings, which clips) is known."""
         model, parts = model or self.model, []
         frames = frames or model.network.config.frames
         for first in range(0, self.c.clips, self.c.batch_size):

@@ -1,4 +1,4 @@
-"""What is measured of generated clips (section 5's tables), on digits whose truth the generator knows.
+"""What is measured of generated clips (section 4's tables), on digits whose truth the generator knows.
 
 The paper's FID and FVD rest on networks trained on photographs and films; ours are Frechet distances as well,
 but of the features of features.py, so their numbers compare with each other alone.

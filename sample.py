@@ -205,17 +205,16 @@ def main() -> None:
 
 
 def for_digits(model: Model, trained: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What we chose for our presets' models of moving digits, where nothing else is said: dpm_solver for a
-    single block, else the corrector; replacement in long clips; digits for captions, with --w 3, where
-    nothing is given and training showed such captions.
+    """What we chose for our presets' models of moving digits, where nothing else is said: dpm_solver to
+    generate, else the corrector; replacement to extend; digits for captions, with --w 3, where nothing is
+    given and training showed such captions.
     """
     if trained.get("dataset") != "moving_mnist" or trained.get("preset") not in ("cpu", "cpu_wide", "cuda"):
         return {}
     mode, chosen = given.get("mode", "generate"), {}
     free = mode in ("generate", "extend") and "input" not in given
     if not {"sampler", "gamma", "delta"} & set(given):
-        alone = {"sampler": "dpm_solver", "steps": 25}
-        chosen = alone if mode == "generate" else {"steps": 32, "delta": 0.1}
+        chosen = dict(steps=32, delta=0.1) if mode != "generate" else dict(sampler="dpm_solver", steps=25)
     if mode == "extend" and "w_r" not in given:
         chosen |= {"method": "replacement"}
     known = model.text.cond_dim and model.data.short_captions
