@@ -159,7 +159,7 @@ def test_the_seed_alone_decides_the_video(mode: str, tiny: Path, tmp_path: Path)
 
 
 CHANGES = [  # flags, and flags that must make another video of them
-    ("", "--sampler ddim"), ("", "--sampler dpm_solver"), ("--sampler ddim", "--sampler dpm_solver"),
+    ("", "--sampler ddim"), ("", "--sampler ancestral"), ("--sampler ddim", "--sampler dpm_solver"),
     ("", "--steps 4"), ("", "--gamma 0.5"), ("", "--delta 0.1"), ("", "--text four"),
     ("--text four", "--text five"), ("--text four", "--text four --w 2"),
     ("--mode predict", "--mode predict --method replacement"), ("--mode predict", "--mode predict --w_r 1.5"),

@@ -209,7 +209,7 @@ def test_times_noise_and_dropout_depend_on_seed_and_index_alone() -> None:
 def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monkeypatch: MonkeyPatch) -> None:
     s, seen = train.settings([*TINY, "--cond_dropout", "0.25"]), []
     monkeypatch.setattr(train, "condition", lambda captions, text: torch.ones(len(captions), 2, 3, 8))
-    monkeypatch.setattr(train, "loss", lambda network, x, d, cond, k: seen.append(cond) or torch.zeros(2))
+    monkeypatch.setattr(train, "loss", lambda _, x, d, cond, *k, keys: seen.append(cond) or torch.zeros(2))
     for index in range(300):
         train.micro_batch_loss(None, (torch.zeros(200, 1, 5, 1, 1), [[]] * 8), index, s, CPU)
     cond = torch.stack(seen)  # step b k l d
@@ -279,7 +279,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monke
     s = train.settings(TINY)
     state = train.build(s, CPU.device)
     before = [p.detach().clone() for p in state.model.parameters()]
-    monkeypatch.setattr(train, "loss", lambda network, *rest: network.entry.weight.sum() * math.inf)
+    monkeypatch.setattr(train, "loss", lambda network, *rest, keys: network.entry.weight.sum() * math.inf)
     train.train_step(state.model, state, batches(s.data, 2, 0), s, CPU)
     assert same(list(state.model.parameters()), before) and same(list(state.ema.module.parameters()), before)
     assert not state.optimizer.state and state.step == 0
@@ -290,7 +290,8 @@ def test_a_run_whose_gradient_is_not_finite_can_be_resumed(
     honest = train.loss
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         calls = itertools.count()
-        patch.setattr(train, "loss", lambda *given: honest(*given) * (math.nan if next(calls) == 2 else 1))
+        patch.setattr(train, "loss", lambda *given, **more: (
+            honest(*given, **more) * (math.nan if next(calls) == 2 else 1)))
         program(patch, [*TINY, "--steps", 4, "--out", tmp_path / "run"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
