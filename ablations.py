@@ -1,5 +1,4 @@
 """Experiments of evaluate.py that train small models of their own, by train.py, and compare those."""
-import json
 import statistics
 import subprocess
 import sys
@@ -9,46 +8,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-import config
 import cost
+import record
 from autoencoder import Autoencoder
-from infill import load_model
+from diffusion import loss
+from infill import Model, load_model
 from lab import HERE, Arm, Lab
 from state import Settings, settings
+from text import embed
 
-NARROW = dict(preset="cpu", dim=24, head_dim=16)  # what all models here are trained with, but for their flags
+# what all models here are trained with, but for their flags
+NARROW: dict[str, Any] = dict(preset="cpu", dim=24, head_dim=16, batch_size=4)
 
 
 def joint(lab: Lab) -> dict[str, Arm]:
-    """Table 4: image frames in training, at equal steps and at equal compute, which is the frames' number.
+    """Table 4: image frames in training, at equal steps; then with 0 and 4 for more steps, whose compute, all
+    frames counted, is that of 8. Captions, with --w.
 
-    The paper, on other data: FVD with 0, 4, 8 image frames 202.28, 68.11, 57.84; FID-avg 37.52, 18.62, 15.57.
+    "loss" is that of --reference clips of the test split, without image frames. The paper, on other data: FVD
+    with 0, 4, 8 image frames 202.28, 68.11, 57.84; FID-avg 37.52, 18.62, 15.57.
     """
     n, length = lab.c.train_steps, lab.model.network.config.frames
-    flags = {f"{k} image frames, {n} steps": dict(num_images=k, steps=n) for k in (0, 4, 8)}
-    flags |= {f"{k} image frames, compute of 8": dict(num_images=k, steps=n * (length + 8) // (length + k))
-              for k in (0, 4)}
-    return lab.bounds() | {name: partial(small_model, lab, flags[name], length) for name in flags}
+    arms = [(k, n) for k in (0, 4, 8)] + [(k, n * (length + 8) // (length + k)) for k in (0, 4)]
+    return lab.bounds() | {f"{k} image frames, {steps} steps": partial(small_model, lab, dict(
+        num_images=k, steps=steps), length) for k, steps in arms}
 
 
 def positions(lab: Lab) -> dict[str, Arm]:
     """Section 3: relative positions against none, at the trained length and at twice as many frames.
 
-    Twice as many frames are measured as twice as many clips, which lowers Frechet distances by itself.
+    Captions, with --w. Twice as many frames are measured as twice as many clips, which lowers Frechet
+    distances by itself.
     """
-    length, common = lab.model.network.config.frames, dict(steps=lab.c.train_steps, num_images=0)
-    flags = {name: dict(relative_positions=name == "Shaw") | common for name in ("Shaw", "none")}
+    length, common = lab.model.network.config.frames, dict(num_images=0, steps=lab.c.train_steps)
+    flags = {"Shaw": common, "none": common | dict(relative_positions=False)}  # "Shaw" is one of joint's
     return lab.bounds() | {f"{name}, {frames} frames": partial(small_model, lab, flags[name], frames)
                            for name in flags for frames in (length, 2 * length)}
 
 
 def small_model(lab: Lab, flags: dict[str, Any], frames: int, seed: int) -> dict[str, float]:
-    """Trains a narrow unconditional model with flags, or finds it in --out, and measures its clips."""
-    model, _ = load_model(trained(lab, {"cond_dim": 0} | flags, seed), lab.machine.device)
+    """Trains a narrow model with flags, or finds it in --out, and measures its clips."""
+    model, _ = load_model(trained(lab, flags, seed), lab.machine.device)
     model.network.config.frames = frames  # all in one block; the tables keep their reach
-    return lab.measure(lab.draw(seed, model=model, steps=lab.c.calls))
+    return measured(lab, model, seed) | {"loss": loss_of_real(lab, model, frames)}
+
+
+def loss_of_real(lab: Lab, model: Model, frames: int) -> float:
+    """The loss on --reference clips of the test split, with the same times and noise for every model."""
+    x, texts, _ = lab.real(10_000, frames, lab.c.reference)
+    with torch.no_grad(), lab.machine.autocast():
+        return loss(model.network, x.to(model.device), model.diffusion, embed(texts, model.text).to(
+            model.device), generator=torch.Generator().manual_seed(0)).mean().item()
+
+
+def measured(lab: Lab, model: Model, seed: int) -> dict[str, float]:
+    """What the model draws for the captions of the real clips of seed, with --w, and how long that takes."""
+    _, texts, truth = lab.real(seed)
+    begun = time.perf_counter()
+    x = lab.draw(seed, model=model, texts=texts, w=lab.c.w, steps=lab.c.calls)
+    seconds = (time.perf_counter() - begun) / lab.c.clips
+    return lab.measure(x) | {"digit_named": lab.digit_named(x, truth), "seconds_per_sample": seconds}
 
 
 def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
@@ -69,14 +89,13 @@ def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
 
 def words(flags: dict[str, Any]) -> list[str]:
     """The command line that gives these flags."""
-    pairs = [[f"--no-{k}"] if v is False else [f"--{k}"] if v is True else [f"--{k}", str(v)]
-             for k, v in flags.items()]
-    return sum(pairs, [])
+    return sum(([f"--no-{k}"] if v is False else [f"--{k}"] if v is True else [f"--{k}", str(v)]
+                for k, v in flags.items()), [])
 
 
 def blocks(lab: Lab) -> dict[str, Arm]:
     """MagicVideo: its block against VDM's, in pixels and in latents, with as many parameters (within 8%) and
-    as long a training; captions, w = 1.
+    as long a training; captions, with --w.
 
     FLOPs are of a clip's forward and backward pass, with its encoding; the autoencoder's parameters and its
     own training are not counted. The paper, on other data: 64 times fewer FLOPs than VDM; UCF101, zero shot:
@@ -95,13 +114,7 @@ def blocks(lab: Lab) -> dict[str, Arm]:
     def arm(name: str, seed: int) -> dict[str, float]:
         flags = arms[name] | {"steps": steps[name], "log_every": max(1, min(50, steps[name] // 4))}
         done = trained(lab, flags, seed)
-        model, _ = load_model(done, lab.machine.device)
-        _, texts, truth = lab.real(seed)
-        begun = time.perf_counter()
-        x = lab.draw(seed, model=model, texts=texts, w=1.0, steps=lab.c.calls)
-        seconds = (time.perf_counter() - begun) / lab.c.clips
-        return bill(lab, flags, done.parent) | {"seconds_per_sample": seconds} | lab.measure(x) | {
-            "digit_named": lab.digit_named(x, truth)}
+        return bill(lab, flags, done.parent) | measured(lab, load_model(done, lab.machine.device)[0], seed)
     return lab.bounds() | {name: partial(arm, name) for name in arms}
 
 
@@ -118,16 +131,14 @@ def parameters(lab: Lab, flags: dict[str, Any]) -> int:
 
 def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
     """The optimizer steps that fit into --train_minutes, by a short run of the same model."""
-    here = dict(steps=(n := min(60, lab.c.train_steps)), log_every=max(1, n // 3), threads=lab.c.threads,
-                precision=lab.c.precision)
+    here = dict(steps=(n := min(60, lab.c.train_steps)), log_every=max(1, n // 3))
     rate = speed_of(trained(lab, flags | here, 0).parent)
-    return max(2, round(60 * lab.c.train_minutes * rate / config.PRESETS["cpu"]["batch_size"]))
+    return max(2, round(60 * lab.c.train_minutes * rate / NARROW["batch_size"]))
 
 
 def speed_of(run: Path) -> float:
     """The median of a run's training clips per second."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return statistics.median(json.loads(line)["clips_per_second"] for line in lines[1:] or lines)
+    return statistics.median(line["clips_per_second"] for line in record.read(run)[1:])
 
 
 def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:
@@ -135,10 +146,9 @@ def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:
     s = all_settings(lab, flags)
     count, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens, s.train.arch)
     if s.train.latent:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        with torch.device("meta"):
             x = torch.empty(1, s.data.channels, s.data.frames + s.data.num_images, s.data.size, s.data.size)
-            Autoencoder(s.autoencoder).encode(x)
-        flops += counter.get_total_flops()
-    clips = s.train.batch_size * flags["steps"]
-    return {"million_parameters": count / 1e6, "gflop_per_clip": flops / 1e9,
-            "clips_per_second": speed_of(run), "training_minutes": clips / speed_of(run) / 60}
+            flops += cost.flops(lambda: Autoencoder(s.autoencoder).encode(x))
+    minutes = s.train.batch_size * s.train.steps / (rate := speed_of(run)) / 60
+    return {"million_parameters": count / 1e6, "gflop_per_clip": flops / 1e9, "clips_per_second": rate,
+            "training_minutes": minutes}

@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from cost import count
+import cost
 from data import DataConfig, batches
 from diffusion import DiffusionConfig, denoiser, loss, schedule
 from guidance import reconstruction_guided
@@ -113,9 +112,7 @@ def flops(entrant: Entrant, frames: int, size: int) -> int:
     # ours without memory; the peer looks at values, so it has to be run
     with torch.device("meta" if entrant.preset else "cpu"):
         model, x = entrant.build(), torch.zeros(1, 1, frames, size, size)
-    with FlopCounterMode(display=False) as counter:
-        loss(model, x, DiffusionConfig()).backward()
-    return counter.get_total_flops()
+    return cost.flops(lambda: loss(model, x, DiffusionConfig()).backward())
 
 
 def take_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -190,7 +187,7 @@ def entrants(c: BenchConfig, size: int) -> list[Entrant]:
 def parameters(entrant: Entrant) -> int:
     """The number of parameters of its network, counted without memory."""
     with torch.device("meta"):
-        return count(entrant.build())
+        return cost.count(entrant.build())
 
 
 def peer_table(c: BenchConfig, machine: Machine) -> None:

@@ -1,4 +1,6 @@
 """What a model costs, from its settings alone: parameters, FLOPs and bytes, counted on the meta device."""
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,9 +18,15 @@ def step_cost(unet: UNetConfig, diffusion: DiffusionConfig, num_images: int, tok
         inner = model.config  # of latents, where there is an autoencoder
         x = torch.empty(1, inner.channels, inner.frames + num_images, inner.size, inner.size)
         cond = torch.empty(1, tokens, unet.cond_dim) if unet.cond_dim else None
+    return count(model), flops(
+        lambda: loss(model, x, diffusion, cond, num_images, keys=unet.keys).mean().backward())
+
+
+def flops(call: Callable[[], object]) -> int:
+    """The FLOPs of what call runs, by PyTorch's counter (no element-wise operations)."""
     with FlopCounterMode(display=False) as counter:
-        loss(model, x, diffusion, cond, num_images, keys=unet.keys).mean().backward()
-    return count(model), counter.get_total_flops()
+        call()
+    return counter.get_total_flops()
 
 
 def network(unet: UNetConfig, arch: str) -> nn.Module:

@@ -35,7 +35,7 @@ class EvaluateConfig:
     seeds: int = 3  # [1, 100] seeds of each arm
     calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
     frames: int = 64  # [17, 1000] extend: frames of the result
-    w: float = 1.0  # [0, 100] extend: weight of classifier-free guidance
+    w: float = 1.0  # [0, 100] extend, joint, positions, blocks: weight of classifier-free guidance
     only: str = ""  # arms whose name contains this, or one of several texts separated by |; by default all
     train_steps: int = 2000  # [1, 100000000] joint, positions: optimizer steps of their small models
     train_minutes: float = 4.0  # (0, 10000] blocks: minutes of training of each of its models

@@ -75,12 +75,14 @@ def start(device: str, precision: str, threads: int) -> Machine:
     if threads:
         torch.set_num_threads(threads)
     machine = Machine(find_device(device), precision)
-    if "RANK" not in os.environ:  # set by torchrun
-        return machine
-    if machine.device.type == "cuda":
+    cuda, parallel = machine.device.type == "cuda", "RANK" in os.environ  # set by torchrun
+    if cuda and parallel:
         machine.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(machine.device)
-    dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
+    if cuda and machine.device.index:
+        torch.cuda.set_device(machine.device)  # for what asks no further, such as torch.cuda.synchronize()
+    if not parallel:
+        return machine
+    dist.init_process_group("nccl" if cuda else "gloo")
     machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
     return machine
 

@@ -4,6 +4,7 @@ Every mode is one question, given some frames, or some frames made small, draw t
 a Given, which infill.py answers.
 """
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +236,8 @@ def papers_numbers(preset: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def free_name(folder: Path, mode: str) -> Path:
     """folder/mode_001, or the first number that is not taken: no sample is overwritten."""
-    number = 1
-    while (folder / f"{mode}_{number:03d}.gif").exists():
-        number += 1
-    return folder / f"{mode}_{number:03d}"
+    names = (folder / f"{mode}_{number:03d}" for number in itertools.count(1))
+    return next(name for name in names if not name.with_suffix(".gif").exists())
 
 
 if __name__ == "__main__":

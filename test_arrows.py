@@ -34,7 +34,7 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "features": ({"data"}, {"checkpoint", "config", "machine"}),
     "metrics": ({"features"}, set()),
     "lab": ({"sample", "infill", "metrics", "features", "data"}, {"machine"}),
-    "ablations": ({"lab", "infill"}, {"autoencoder", "config", "cost", "state"}),
+    "ablations": ({"lab", "infill"}, {"autoencoder", "cost", "diffusion", "record", "state", "text"}),
     "evaluate": ({"sample", "infill", "metrics", "lab", "ablations"}, {"config", "data", "checkpoint",
                                                                         "features"}),
 }

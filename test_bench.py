@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from bench import BenchConfig, Entrant, Peer, Trainer, entrants, flops, parameters, peak_memory, take_turns
@@ -86,7 +87,7 @@ def test_a_training_step_moves_weights_and_ema_and_a_call_moves_nothing():
 
 def test_ceiling_counts_the_work_it_does():
     for function, work in bench.ceiling(CPU).values():
-        with bench.FlopCounterMode(display=False) as counter, torch.device("cpu"):
+        with FlopCounterMode(display=False) as counter, torch.device("cpu"):
             function()
         assert counter.get_total_flops() == work
 

@@ -1,4 +1,5 @@
 """evaluate.py: every experiment runs and writes its table; what it judges is checked on known clips."""
+import copy
 import dataclasses
 import inspect
 import json
@@ -133,10 +134,26 @@ def test_the_table_has_means_and_deviations_and_leaves_gaps():
 def test_image_frames_are_compared_at_equal_steps_and_at_equal_compute(lab):
     lab.c.train_steps = 300
     flags = {name: arm.args[1] for name, arm in evaluate.joint(lab).items() if "image" in name}
-    equal = {v["num_images"] for name, v in flags.items() if "300 steps" in name}
-    assert equal == {0, 4, 8}
-    compute = {v["steps"] * (16 + v["num_images"]) for name, v in flags.items() if "compute" in name}
-    assert compute == {300 * 24}
+    assert all(name == f"{v['num_images']} image frames, {v['steps']} steps" for name, v in flags.items())
+    assert [v["num_images"] for v in flags.values() if v["steps"] == 300] == [0, 4, 8]
+    assert [v["num_images"] for v in flags.values() if v["steps"] * (16 + v["num_images"]) == 7200] == [8, 0, 4]
+
+
+def test_the_loss_is_the_same_for_the_same_model_and_less_for_a_trained_one(lab):
+    untrained = dataclasses.replace(lab.model, network=copy.deepcopy(lab.model.network))
+    for parameter in untrained.network.parameters():
+        parameter.data *= 0.5
+    trained, worse = (ablations.loss_of_real(lab, model, 16) for model in (lab.model, untrained))
+    assert trained == ablations.loss_of_real(lab, lab.model, 16) < 0.5 * worse
+
+
+def test_the_model_with_positions_is_the_one_of_joint_without_image_frames(lab, tmp_path, monkeypatch):
+    lab.c.out, lab.c.train_steps, names = str(tmp_path), 300, []
+    monkeypatch.setattr(ablations, "small_model", lambda lab, flags, *rest: names.append(flags) or {})
+    evaluate.joint(lab)["0 image frames, 300 steps"](0)
+    evaluate.positions(lab)["Shaw, 32 frames"](0), evaluate.positions(lab)["none, 32 frames"](0)
+    assert list(names[0].items()) == list(names[1].items())  # in their order, which names the folder
+    assert names[2] == names[0] | {"relative_positions": False}
 
 
 def test_blocks_are_compared_with_as_many_parameters(lab, monkeypatch):
@@ -155,7 +172,7 @@ def test_the_steps_are_those_that_fit_into_the_minutes(lab, tmp_path, monkeypatc
         for i, rate in enumerate((1.0, 16.0, 16.0))))
     monkeypatch.setattr(ablations, "trained", lambda *args: tmp_path / "checkpoint.pt")
     lab.c.train_minutes = 5.0
-    assert ablations.steps_in_time(lab, {}) == 5 * 60 * 16 // 8
+    assert ablations.steps_in_time(lab, {}) == 5 * 60 * 16 // 4
 
 
 def test_speeds_are_compared_of_a_model_that_knows_several_alone(lab, speeds):
@@ -234,8 +251,8 @@ def test_bad_input_is_one_sentence(flags, sentence, tmp_path):
 
 def test_a_trained_small_model_is_found_again(lab, tmp_path, monkeypatch):
     lab.c.out = str(tmp_path)
-    folder = tmp_path / "runs" / "cond_dim_0-steps_2-size_32-digits_1-seed_0"
+    folder = tmp_path / "runs" / "steps_2-size_32-digits_1-seed_0"
     folder.mkdir(parents=True)
     shutil.copy(HERE / "pretrained" / "moving_mnist_32.pt", folder / "checkpoint_00000002.pt")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))
-    assert "frechet_clip" in small_model(lab, {"steps": 2}, 16, 0)
+    assert {"frechet_clip", "digit_named"} <= set(small_model(lab, {"steps": 2}, 16, 0))
