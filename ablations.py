@@ -74,7 +74,7 @@ def measured(lab: Lab, model: Model, seed: int) -> dict[str, float]:
 def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
     """The checkpoint of a narrow model trained with flags and seed, or found in --out."""
     flags = flags | dict(size=lab.model.data.size, digits=lab.model.data.digits, seed=seed)
-    name = "-".join(f"{key}_{value}".replace("/", "_") for key, value in flags.items())
+    name = "-".join(f"{key}_{Path(str(value)).name}" for key, value in flags.items())
     folder = Path(lab.c.out) / "runs" / name
     done = folder / f"checkpoint_{flags['steps']:08d}.pt"
     if not done.exists():
@@ -107,7 +107,7 @@ def blocks(lab: Lab) -> dict[str, Arm]:
             for name, arch in (("VDM", "unet3d"), ("MagicVideo", "magicvideo"))}
     target = parameters(lab, next(iter(arms.values())))
     for flags in arms.values():
-        flags["dim"] = min(range(8, 129, 4),
+        flags["dim"] = min(range(8, 129, 2),
                            key=lambda dim: abs(parameters(lab, flags | {"dim": dim}) - target))
     steps = {name: steps_in_time(lab, flags) for name, flags in arms.items()}  # one after the other, at once
 

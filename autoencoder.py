@@ -82,7 +82,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
         """Sets scale so that the latents of the clips x have unit variance."""
-        self.scale.copy_(1 / self.encode(x)[0].std())
+        self.scale.copy_(1 / torch.cat([self.encode(clip)[0] for clip in x.split(1)]).std())
 
     @torch.no_grad()
     def latents(self, x: Tensor) -> Tensor:

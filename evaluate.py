@@ -159,7 +159,8 @@ def predict(lab: Lab) -> dict[str, Arm]:
 
 def first(lab: Lab, x: Tensor, k: int) -> Callable[[SampleConfig, slice], Given]:
     """What is known when the first k frames of clips x are."""
-    return lambda s, which: show(nothing(lab.model, s, x.shape[2]), slice(0, k), x[which, :, :k])
+    return lambda s, which: show(nothing(lab.model, s, x.shape[2]), slice(0, k),
+                                 sample.inside(lab.model, x[which, :, :k]))
 
 
 def closest(x: Tensor, drawn: Tensor) -> Tensor:
@@ -220,9 +221,10 @@ def speed(lab: Lab) -> dict[str, Arm]:
 
     second, _ = infill.load_model(sample.find(str(HERE / lab.c.interpolator)), lab.machine.device)
     strides, gap = sorted(lab.model.data.frame_stride), second.network.config.frames - 1
-    if len(strides) < 2 or gap not in strides or not second.network.config.keys:
-        raise ValueError("--experiment speed needs a --checkpoint trained with --frame_stride 1,2,4, and an "
-                         "--interpolator trained with --keys, whose --frames are one more than a stride")
+    fits = second.data.frame_stride == (1,) and second.data.size == lab.model.data.size
+    if len(strides) < 2 or gap not in strides or not second.network.config.keys or not fits:
+        raise ValueError("--experiment speed needs a --checkpoint with --frame_stride 1,2,4, and an "
+                         "--interpolator of its size with --keys, --frame_stride 1 and --frames one more than a stride")
     return ({f"real clips, {8 / stride:g} fps": lambda seed, stride=stride: seen(
                 *lab.real(seed, stride=stride)[::2]) for stride in strides}
             | {f"drawn with --fps {8 / stride:g}": lambda seed, stride=stride: seen(*drawn(stride, seed))
@@ -230,9 +232,8 @@ def speed(lab: Lab) -> dict[str, Arm]:
             | {"key frames, then the frames between them": both})
 
 
-EXPERIMENTS = {"samplers": samplers, "joint": joint, "guidance": guidance, "extend": extend,
-               "predict": predict, "super_resolve": super_resolve, "positions": positions,
-               "blocks": blocks, "speed": speed}
+EXPERIMENTS = {experiment.__name__: experiment for experiment in (
+    samplers, joint, guidance, extend, predict, super_resolve, positions, blocks, speed)}
 
 # ---- the table -------------------------------------------------------------------------------------------
 

@@ -61,10 +61,6 @@ class FrameNet(nn.Module):
         logits = self.head(hidden)
         return logits.flatten(1).log_softmax(1).view_as(logits), hidden.mean((2, 3))
 
-    def detect(self, frames: Tensor, digits: int) -> tuple[Tensor, Tensor]:
-        """The digits of frames (N, C, H, W): classes (N, digits), centres (N, digits, 2) as (y, x) pixels."""
-        return strongest(self(frames)[0].exp(), digits)
-
 
 class VideoNet(nn.Module):
     """Which digits are in a clip, and how each of them starts to move. It sees grey alone."""

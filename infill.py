@@ -130,7 +130,9 @@ def text_guided(model: Model, s: SampleConfig, keys: Tensor | None = None) -> De
     plain = denoiser(model.network, model.diffusion, keys=keys)
     if not s.text or not model.text.cond_dim:
         return plain
-    texts = captions(s) if keys is None else captions(dataclasses.replace(s, fps=0)) * (len(keys) // s.num)
+    several = len(model.data.frame_stride) > 1 and " fps" not in s.text  # training said each clip's speed
+    fps = 0 if keys is not None else s.fps or several * 8 / min(model.data.frame_stride)
+    texts = captions(dataclasses.replace(s, fps=fps)) * (1 if keys is None else len(keys) // s.num)
     cond = embed(texts, model.text).to(model.device)
     return classifier_free(denoiser(model.network, model.diffusion, cond, keys), plain, s.w)
 

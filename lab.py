@@ -57,11 +57,7 @@ class Lab:
     model: Model
     features: Features
     machine: Machine
-
-    @property
-    def stride(self) -> int:
-        """Every so many frames of the generator's are shown (the paper's frameskip)."""
-        return min(self.model.data.frame_stride)
+    stride: int  # every so many frames of the generator's are shown (the paper's frameskip)
 
     def real(self, seed: int, frames: int = 0, clips: int = 0, stride: int = 0) -> tuple[Tensor, list, dict]:
         """Clips of the test split (clips, C, frames, H, W) with captions and truth; another seed, others."""
@@ -133,4 +129,6 @@ def build(c: EvaluateConfig) -> Lab:
     if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
         raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
                          f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python features.py")
-    return Lab(c, path, model, features, machine)
+    if model.network.config.keys or c.experiment == "super_resolve" and model.autoencoder:
+        raise ValueError(f"{path} draws latents or between key frames: --experiment {c.experiment} cannot")
+    return Lab(c, path, model, features, machine, min(model.data.frame_stride))

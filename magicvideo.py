@@ -114,9 +114,8 @@ class SpeedEmbedding(Embedding):
 class MagicVideo(UNet3D):
     """UNet3D's call and topology with MagicVideo's blocks: (z, logsnr, cond, num_images) -> like z.
 
-    The last token of cond is the speed, the others are the caption; a caption so long that it fills --tokens
-    has a word there, which is then taken for a speed. Raises ValueError for a clip of more frames than
-    config.frames: the adaptors have no row for them.
+    The last token of cond is the speed, the others are the caption. Raises ValueError for a clip of more
+    frames than config.frames: the adaptors have no row for them.
     """
     def __init__(self, config: UNetConfig):
         super().__init__(config, MagicBlock, SpeedEmbedding)

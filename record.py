@@ -1,4 +1,4 @@
-"""What a run writes down for people: metrics.jsonl, a line every so many steps, and loss.png from it."""
+"""What a run writes down for people: metrics.jsonl, a line every so many steps."""
 import contextlib
 import json
 import os
@@ -35,16 +35,3 @@ def forget(folder: Path, step: int) -> None:
     """Drops the lines after step from metrics.jsonl: a resumed run takes those steps again."""
     kept = [values for values in read(folder) if values["step"] <= step]
     replace(folder / "metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept))
-
-
-def draw(folder: Path) -> None:
-    """Draws loss.png if matplotlib happens to be installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure, lines = Figure(), read(folder)
-    axes = figure.subplots()
-    axes.semilogy([values["step"] for values in lines], [values["loss"] for values in lines])
-    axes.set(xlabel="step", ylabel="loss")
-    figure.savefig(folder / "loss.png")

@@ -18,6 +18,7 @@ from data import batches
 from files import load_video, save_video
 from infill import Given, Model, SampleConfig, fill, load_model, nothing, overlap, show, show_small, smaller
 from machine import start
+from magicvideo import MagicVideo
 
 SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
 
@@ -70,6 +71,11 @@ def cascade(model: Model, s: SampleConfig) -> Given:
 def drawn_by_base(model: Model, s: SampleConfig, scale: int, frames: int) -> Tensor:
     """The clips that --base draws of as many frames (0: its own length), scale times smaller than model's."""
     base, _ = load_model(find(s.base), model.device)
+    if s.mode == "key_frames":
+        step = (model.network.config.frames - 1) * min(model.data.frame_stride)
+        if step not in (strides := base.data.frame_stride) or len(strides) > 1 and not s.text:
+            raise ValueError(f"--base must draw every {step}th frame; of several speeds, after a --text")
+        s = dataclasses.replace(s, fps=8 / step * (len(strides) > 1))
     check(base, dataclasses.replace(s, mode="generate", base="", input=""))
     small, large = base.data, model.data
     if (small.size * scale, small.channels) != (large.size, large.channels):
@@ -114,8 +120,9 @@ def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
     """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
     if not s.input:
+        own = round(8 / s.fps) if s.fps else min(model.data.frame_stride)
         data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
-                                   frame_stride=(min(model.data.frame_stride) * stride,))
+                                   frame_stride=(max(1, own) * stride,))
         return inside(model, next(batches(data, s.num, s.seed))[0])
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
@@ -146,7 +153,7 @@ def find(path: str) -> Path:
 def check(model: Model, s: SampleConfig) -> None:
     """Raises ValueError, in one sentence, for settings that do not fit the model or each other."""
     length, size, k = model.network.config.frames, model.network.config.size, overlap(model, s)
-    small = s.mode in SMALL
+    small, strides = s.mode in SMALL, model.data.frame_stride
     wrong = {
         f"--overlap {k} must be less than the model's {length} frames": k >= length,
         f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
@@ -155,8 +162,11 @@ def check(model: Model, s: SampleConfig) -> None:
         "--mode key_frames needs a model trained with --keys, and a model trained so knows no other mode":
             (s.mode == "key_frames") != model.network.config.keys,
         "--fps is said after a caption: it needs --text": s.fps and not s.text,
-        "--fps is the key frames', and without --base they are given": s.fps and s.mode == "key_frames"
-            and not s.base,
+        "--fps needs a model trained with several --frame_stride, and key frames have their own speed":
+            s.fps and (s.mode == "key_frames" or len(strides) == 1 and model.data.dataset != "video_folder"),
+        f"--w_r steers nothing: in --mode {s.mode} no given frame of this network sees a drawn one":
+            s.w_r and s.mode in ("predict", "extend") and isinstance(model.network, MagicVideo)
+            and model.network.config.mask == "before",
         "--method and --w_r steer towards given frames, and a model trained with --keys sees them":
             s.mode == "key_frames" and (s.method == "replacement" or s.w_r),
         f"--frames {s.frames} must be 1 more than a multiple of {length - 1}, the way from key to key":

@@ -28,7 +28,7 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
               {"sampling", "machine", "cost", "record", "checkpoint", "files"}),
     "infill": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint", "guidance",
                 "sampling", "autoencoder"}, set()),
-    "sample": ({"infill", "config", "data", "files"}, {"machine", "checkpoint"}),
+    "sample": ({"infill", "config", "data", "files"}, {"machine", "checkpoint", "magicvideo"}),
     "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine",
                                                                     "state"}),
     "features": ({"data"}, {"checkpoint", "config", "machine"}),
@@ -107,7 +107,7 @@ def test_the_network_is_imported_by_programs_alone():
     assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
             <= {"state", "infill", "cost", "bench", "magicvideo", "autoencoder"})
     assert ({name for name in PRODUCT if "magicvideo" in neighbours(name)}
-            <= {"state", "infill", "cost", "autoencoder"})
+            <= {"state", "infill", "sample", "cost", "autoencoder"})
 
 
 def test_no_import_points_in_a_circle():

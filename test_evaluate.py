@@ -18,6 +18,7 @@ import evaluate
 import infill
 import lab as lab_module
 import metrics
+import sample
 from data import DIRECTIONS, DataConfig, moving_mnist
 from ablations import small_model
 from evaluate import closest, heading, table
@@ -209,6 +210,22 @@ def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
     monkeypatch.setattr(lab_module, "load_features", lambda path: features)
     with pytest.raises(ValueError, match="trained on 2 digits at 64 px"):
         build(EvaluateConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("experiment, keys, latents", [("samplers", True, False), ("super_resolve", False, True)])
+def test_a_network_that_an_experiment_cannot_draw_with_is_refused(experiment, keys, latents, lab, monkeypatch):
+    network = SimpleNamespace(config=dataclasses.replace(lab.model.network.config, keys=keys))
+    model = dataclasses.replace(lab.model, network=network, autoencoder=latents or None)
+    monkeypatch.setattr(infill, "load_model", lambda path, device: (model, {}))
+    with pytest.raises(ValueError, match=f"--experiment {experiment} cannot"):
+        build(EvaluateConfig(experiment=experiment, device="cpu"))
+
+
+def test_known_frames_are_given_to_a_network_as_it_knows_them(lab, monkeypatch):
+    monkeypatch.setattr(sample, "inside", lambda model, x: x + 1)
+    x = lab.real(0)[0]
+    given = evaluate.first(lab, x, 5)(infill.SampleConfig(num=len(x)), slice(0, len(x)))
+    assert torch.equal(given.x[:, :, :5], x[:, :, :5] + 1) and not given.x[:, :, 5:].any()
 
 
 @pytest.mark.parametrize("experiment, data, text, sentence", [

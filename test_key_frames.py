@@ -43,6 +43,14 @@ def slow(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Path:
+    """A run of a network that knows two speeds, one of them three times the other."""
+    out = tmp_path_factory.mktemp("several") / "run"
+    fitted([*TINY, "--frames", "4", "--frame_stride", "1,3"], out)
+    return out
+
+
 def program(monkeypatch: MonkeyPatch, *flags: object) -> list:
     """Videos and marks that python sample.py writes."""
     written = []
@@ -140,7 +148,7 @@ def test_key_frames_stay_and_the_frames_between_are_drawn(between, tmp_path, mon
     assert shorter.shape[2] == 7 and torch.equal(shorter[:, :, ::3], true[:, :, :7:3])
 
 
-def test_another_model_draws_the_key_frames_and_hears_the_speed_alone(between, slow, tmp_path, monkeypatch):
+def test_another_model_draws_the_key_frames_and_hears_their_speed(between, several, tmp_path, monkeypatch):
     heard, drawn, embed, fill = [], [], infill.embed, sample.fill
 
     def filling(*given) -> Tensor:
@@ -148,9 +156,9 @@ def test_another_model_draws_the_key_frames_and_hears_the_speed_alone(between, s
         return drawn[-1]
     monkeypatch.setattr(infill, "embed", lambda texts, text: heard.append(texts) or embed(texts, text))
     monkeypatch.setattr(sample, "fill", filling)
-    video, _ = program(monkeypatch, "--checkpoint", between, "--base", slow, "--mode", "key_frames",
-                       "--num", 2, "--text", "a 3|a 4", "--fps", 2, "--out", tmp_path)
-    assert heard == [["a 3 at 2 fps", "a 4 at 2 fps"], ["a 3", "a 4"] * 3]
+    video, _ = program(monkeypatch, "--checkpoint", between, "--base", several, "--mode", "key_frames",
+                       "--num", 2, "--text", "a 3|a 4", "--out", tmp_path)
+    assert heard == [[f"a {digit} at {8 / 3:g} fps" for digit in (3, 4)], ["a 3", "a 4"] * 3]
     assert video.shape[2] == 10 and torch.equal(video[:, :, ::3], drawn[0])
 
 
@@ -166,13 +174,15 @@ def test_a_base_draws_with_captions_where_the_frames_between_know_none(slow, tmp
     (["--checkpoint", "SLOW", "--mode", "key_frames"], ("--mode key_frames", "--keys")),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--frames", "1"], ("one key frame", "--frames")),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--frames", "8"], ("--frames 8", "a multiple of 3")),
-    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--text", "a 3", "--fps", "2"], ("--fps", "--base")),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--text", "a 3", "--fps", "2"], ("--fps", "key")),
+    (["--checkpoint", "SLOW", "--text", "a 3", "--fps", "2"], ("--fps", "--frame_stride")),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "SEVERAL"], ("--base", "--text")),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--w_r", "2"], ("--w_r", "--keys")),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "SLOW", "--input", "x"], ("--input",)),
-    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "BETWEEN"], ("--keys",)),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "BETWEEN"], ("--base", "3th")),
     (["--checkpoint", "SLOW", "--base", "SLOW"], ("--base", "key_frames"))])
-def test_a_mistake_is_one_sentence(flags, parts, between, slow, tmp_path, monkeypatch, capsys):
-    runs = {"BETWEEN": between, "SLOW": slow}
+def test_a_mistake_is_one_sentence(flags, parts, between, slow, several, tmp_path, monkeypatch, capsys):
+    runs = {"BETWEEN": between, "SLOW": slow, "SEVERAL": several}
     with pytest.raises(SystemExit) as stop:
         program(monkeypatch, *[runs.get(flag, flag) for flag in flags], "--out", tmp_path)
     err = capsys.readouterr().err

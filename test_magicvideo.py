@@ -1,4 +1,5 @@
 """MagicVideo's blocks against loops over frames, what may depend on what, training and sampling."""
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -288,7 +289,12 @@ def test_every_stride_has_a_speed_of_its_own(dim):
 
 def test_a_long_caption_leaves_room_for_its_speed():
     cut, said = embed(["a b c d e f g", "a b c d e f g at 8 fps"], SPOKEN)
-    assert torch.equal(cut[:4], said[:4]) and not torch.equal(cut[4], said[4])
+    assert torch.equal(cut[:4], said[:4]) and cut[:4].any(-1).all() and not cut[4].any() and said[4].any()
+
+
+def test_a_speed_of_any_length_is_a_finite_number_or_words():
+    for number in ("9" * 400, "1e999", "0.5e-9", "9999.5"):
+        assert embed([f"a 3 at {number} fps"], SPOKEN).isfinite().all()
 
 
 # ---- several speeds in the data ----------------------------------------------------------------------------
@@ -389,6 +395,39 @@ def test_a_speed_is_said_after_each_caption():
     s = infill.SampleConfig(text="a 3|a 7", num=3, fps=4)
     assert infill.captions(s) == ["a 3 at 4 fps", "a 7 at 4 fps", "a 3 at 4 fps"]
     assert infill.captions(infill.SampleConfig(text="a 3", num=1)) == ["a 3"]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({}, "a 3 at 8 fps"), ({"fps": 4.0}, "a 3 at 4 fps"), ({"text": "a 3 at 2 fps"}, "a 3 at 2 fps")])
+def test_where_training_said_every_speed_one_is_said_in_any_case(flags, expected, run, monkeypatch):
+    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
+    heard, embed = [], infill.embed
+    monkeypatch.setattr(infill, "embed", lambda texts, text: heard.append(texts) or embed(texts, text))
+    infill.text_guided(model, infill.SampleConfig(**{"text": "a 3", "num": 1} | flags))
+    alone = dataclasses.replace(model, data=dataclasses.replace(model.data, frame_stride=(1,)))
+    infill.text_guided(alone, infill.SampleConfig(text="a 3", num=1))
+    assert heard == [[expected], ["a 3"]]
+
+
+def test_given_frames_have_the_speed_that_is_asked_for(run):
+    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
+    slow, fast = (sample.source(model, infill.SampleConfig(num=2, fps=fps), 4) for fps in (8.0, 4.0))
+    assert torch.equal(slow[:, :, ::2], fast[:, :, :2])
+
+
+def test_reconstruction_cannot_reach_frames_that_no_given_one_sees_and_says_so(run, monkeypatch, capsys):
+    flags = ["sample.py", "--checkpoint", str(run), "--mode", "predict", "--w_r", "5", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", flags)
+    with pytest.raises(SystemExit):
+        config.run(sample.main)
+    assert "--w_r steers nothing" in capsys.readouterr().err
+    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
+    for parameter in model.network.parameters():
+        parameter.data += 0.05 * noise(*parameter.shape)
+    given = sample.predict(model, s := infill.SampleConfig(num=1, steps=2, w_r=5.0))
+    drawn = [infill.fill(model, dataclasses.replace(s, method=method), given)
+             for method in ("reconstruction", "replacement")]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0][:, :, -1], torch.zeros(1, 1, 16, 16))
 
 
 def test_a_speed_without_a_caption_is_one_sentence(run, monkeypatch, capsys: CaptureFixture):

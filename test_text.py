@@ -72,7 +72,8 @@ def test_the_order_of_the_words_matters_also_to_what_pooling_leaves():
 
 
 def test_a_long_caption_is_cut():
-    assert torch.equal(one("a b c d e f g h i"), one("a b c d e f")) and used(one("a b c d e f g")) == 6
+    # the last token is the speed's
+    assert torch.equal(one("a b c d e f g h i"), one("a b c d e")) and used(one("a b c d e f g")) == 5
 
 
 @pytest.mark.parametrize("caption", ["Ünïcodé 球が動く", "👋🏽 hello", "a\x00b", "é" * 5000, "\udcff"])
@@ -178,9 +179,9 @@ def test_a_bert_is_frozen_and_deterministic(bert):
     assert torch.equal(one("the red ball", bert_config(bert)), first)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 512])
+@pytest.mark.parametrize("tokens", [2, 3, 512])
 def test_a_bert_cuts_long_captions(bert, tokens):
-    assert used(one("the red ball moves left " * 200, bert_config(bert, tokens=tokens))) == tokens
+    assert used(one("the red ball moves left " * 200, bert_config(bert, tokens=tokens))) == tokens - 1
 
 
 def test_a_bert_of_another_width_is_one_sentence(bert):

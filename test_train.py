@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 import checkpoint
 import config
-import record
 import train
 from data import batches
 from diffusion import denoiser, schedule
@@ -359,7 +358,7 @@ def test_a_run_leaves_settings_metrics_two_checkpoints_and_previews(whole: Recor
     files = {str(path.relative_to(whole.folder)) for path in whole.folder.rglob("*") if path.is_file()}
     previews = {f"samples/step_00000004.{suffix}" for suffix in ("gif", "webp", "png")}
     kept = {"checkpoint_00000004.pt", "checkpoint_00000006.pt"}
-    assert files - {"loss.png"} == {"config.json", "metrics.jsonl"} | kept | previews
+    assert files == {"config.json", "metrics.jsonl"} | kept | previews
 
 
 def test_config_json_holds_every_setting(whole: Recorded) -> None:
@@ -401,30 +400,6 @@ def test_the_first_preview_comes_after_100_steps_at_the_latest(monkeypatch: Monk
     for state.step in range(1, 320):
         train.keep(state, s, CPU)
     assert steps == [100, 150, 300]
-
-
-def test_without_matplotlib_there_is_no_curve_and_no_complaint(
-        monkeypatch: MonkeyPatch, whole: Recorded, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    (tmp_path / "metrics.jsonl").write_text((whole.folder / "metrics.jsonl").read_text())
-    record.draw(tmp_path)
-    assert not (tmp_path / "loss.png").exists()
-
-
-def test_with_matplotlib_a_preview_draws_the_curve(
-        monkeypatch: MonkeyPatch, whole: Recorded, tmp_path: Path) -> None:
-    drawn = []
-    axes = types.SimpleNamespace(semilogy=lambda x, y: drawn.append((x, y)), set=lambda **names: None)
-    figure = types.SimpleNamespace(subplots=lambda: axes, savefig=lambda path: Path(path).touch())
-    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=lambda: figure))
-    monkeypatch.setattr(train, "dpm_solver", lambda denoise, z, logsnrs: z)
-    (tmp_path / "metrics.jsonl").write_text((whole.folder / "metrics.jsonl").read_text())
-    s = train.settings([*TINY, "--out", str(tmp_path)])
-    train.preview(train.build(s, CPU.device), s, CPU)
-    assert drawn == [([2, 4, 6], [line["loss"] for line in metrics(whole.folder)])]
-    assert (tmp_path / "loss.png").exists()
 
 
 # ---- what is trained on ------------------------------------------------------------------------------------

@@ -19,28 +19,28 @@ class TextConfig:
     """How captions become numbers."""
     encoder: Literal["words", "bert"] = "words"  # fixed random word vectors, or a BERT through transformers
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
-    tokens: int = 16  # [1, 512] longest caption in tokens; what follows is cut off
+    tokens: int = 16  # [2, 512] longest caption in tokens and one for the speed; what follows is cut off
     bert: str = "bert-large-uncased"  # name or folder of the BERT (1024 wide for the paper's BERT-large)
 
 
 def embed(captions: list[str], config: TextConfig) -> Tensor:
     """The captions' frozen token embeddings, float32 (B, config.tokens, config.cond_dim); padding is zero.
 
-    "" gives all zeros, which is c = 0. A caption that ends in " at N fps" has a sinusoid of N as its last
-    token (MagicVideo, Zhou et al. 2022). Raises ValueError if the BERT is missing or of another width.
+    "" gives all zeros, which is c = 0. The last token is the speed's (MagicVideo, Zhou et al. 2022): a
+    sinusoid of N for a caption that ends in " at N fps", else zero. Raises ValueError if the BERT is missing
+    or of another width.
     """
     encode, parts = _words if config.encoder == "words" else _bert, [SPEED.fullmatch(c) for c in captions]
-    return torch.stack([
-        torch.cat([encode(part[1], config)[:-1], _wave(float(part[2]), config.cond_dim)]) if part
-        else encode(caption, config) for caption, part in zip(captions, parts)])
+    return torch.stack([torch.cat([encode(part[1], config)[:-1], _wave(part[2], config.cond_dim)])
+                        for part in parts])
 
 
-SPEED = re.compile(r"(.*) at (\d+\.?\d*(?:e-?\d+)?) fps", re.DOTALL)
+SPEED = re.compile(r"(.*?)(?: at (\d{1,4}(?:\.\d*)?(?:e-\d+)?) fps)?", re.DOTALL)
 
 
-def _wave(fps: float, dim: int) -> Tensor:
-    angles = fps * torch.logspace(0, -4, (dim + 1) // 2)
-    return torch.cat([angles.sin(), angles.cos()])[None, :dim]
+def _wave(fps: str | None, dim: int) -> Tensor:
+    angles = float(fps or 0) * torch.logspace(0, -4, (dim + 1) // 2)
+    return torch.cat([angles.sin(), angles.cos()])[None, :dim] * (fps is not None)
 
 
 def _words(caption: str, config: TextConfig) -> Tensor:

@@ -154,7 +154,6 @@ def preview(state: State, s: Settings, machine: Machine) -> None:
         video = (torch.cat([x, model.video(model.latents(x.to(machine.device))).cpu()])
                  if s.train.arch == "autoencoder" else draw(state, x, captions, s, machine))
     save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
-    record.draw(Path(s.train.out))
 
 
 def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings, machine: Machine) -> Tensor:
