@@ -223,8 +223,9 @@ def speed(lab: Lab) -> dict[str, Arm]:
     strides, gap = sorted(lab.model.data.frame_stride), second.network.config.frames - 1
     fits = second.data.frame_stride == (1,) and second.data.size == lab.model.data.size
     if len(strides) < 2 or gap not in strides or not second.network.config.keys or not fits:
-        raise ValueError("--experiment speed needs a --checkpoint with --frame_stride 1,2,4, and an "
-                         "--interpolator of its size with --keys, --frame_stride 1 and --frames one more than a stride")
+        raise ValueError("--experiment speed needs a --checkpoint trained with --frame_stride 1,2,4, and an "
+                         "--interpolator of its size trained with --keys, --frame_stride 1 and --frames that "
+                         "are one more than a stride")
     return ({f"real clips, {8 / stride:g} fps": lambda seed, stride=stride: seen(
                 *lab.real(seed, stride=stride)[::2]) for stride in strides}
             | {f"drawn with --fps {8 / stride:g}": lambda seed, stride=stride: seen(*drawn(stride, seed))

@@ -74,7 +74,7 @@ def drawn_by_base(model: Model, s: SampleConfig, scale: int, frames: int) -> Ten
     if s.mode == "key_frames":
         step = (model.network.config.frames - 1) * min(model.data.frame_stride)
         if step not in (strides := base.data.frame_stride) or len(strides) > 1 and not s.text:
-            raise ValueError(f"--base must draw every {step}th frame; of several speeds, after a --text")
+            raise ValueError(f"--base must know --frame_stride {step}, and if it knows others too, --text")
         s = dataclasses.replace(s, fps=8 / step * (len(strides) > 1))
     check(base, dataclasses.replace(s, mode="generate", base="", input=""))
     small, large = base.data, model.data

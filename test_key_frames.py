@@ -179,7 +179,7 @@ def test_a_base_draws_with_captions_where_the_frames_between_know_none(slow, tmp
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "SEVERAL"], ("--base", "--text")),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--w_r", "2"], ("--w_r", "--keys")),
     (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "SLOW", "--input", "x"], ("--input",)),
-    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "BETWEEN"], ("--base", "3th")),
+    (["--checkpoint", "BETWEEN", "--mode", "key_frames", "--base", "BETWEEN"], ("--base", "_stride 3")),
     (["--checkpoint", "SLOW", "--base", "SLOW"], ("--base", "key_frames"))])
 def test_a_mistake_is_one_sentence(flags, parts, between, slow, several, tmp_path, monkeypatch, capsys):
     runs = {"BETWEEN": between, "SLOW": slow, "SEVERAL": several}
