@@ -94,8 +94,8 @@ def words(flags: dict[str, Any]) -> list[str]:
 
 
 def blocks(lab: Lab) -> dict[str, Arm]:
-    """MagicVideo: its block against VDM's, in pixels and in latents, with as many parameters (within 8%) and
-    as long a training; captions, with --w.
+    """MagicVideo: its block against VDM's, in pixels and in latents, with as many parameters (the blocks of a
+    space within 8%, all within 13%) and as long a training; captions, with --w.
 
     FLOPs are of a clip's forward and backward pass, with its encoding; the autoencoder's parameters and its
     own training are not counted. The paper, on other data: 64 times fewer FLOPs than VDM; UCF101, zero shot:

@@ -130,5 +130,5 @@ def build(c: EvaluateConfig) -> Lab:
         raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
                          f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python features.py")
     if model.network.config.keys or c.experiment == "super_resolve" and model.autoencoder:
-        raise ValueError(f"{path} draws latents or between key frames: --experiment {c.experiment} cannot")
+        raise ValueError(f"{path} draws latents, or between key frames: --experiment {c.experiment} cannot")
     return Lab(c, path, model, features, machine, min(model.data.frame_stride))

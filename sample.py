@@ -164,9 +164,9 @@ def check(model: Model, s: SampleConfig) -> None:
         "--fps is said after a caption: it needs --text": s.fps and not s.text,
         "--fps needs a model trained with several --frame_stride, and key frames have their own speed":
             s.fps and (s.mode == "key_frames" or len(strides) == 1 and model.data.dataset != "video_folder"),
-        f"--w_r steers nothing: in --mode {s.mode} no given frame of this network sees a drawn one":
-            s.w_r and s.mode in ("predict", "extend") and isinstance(model.network, MagicVideo)
-            and model.network.config.mask == "before",
+        f"--w_r steers no frame that --mode {s.mode} draws with this network: give --method replacement":
+            s.w_r and s.method == "reconstruction" and s.mode in ("predict", "extend")
+            and isinstance(model.network, MagicVideo) and model.network.config.mask == "before",
         "--method and --w_r steer towards given frames, and a model trained with --keys sees them":
             s.mode == "key_frames" and (s.method == "replacement" or s.w_r),
         f"--frames {s.frames} must be 1 more than a multiple of {length - 1}, the way from key to key":

@@ -420,8 +420,9 @@ def test_reconstruction_cannot_reach_frames_that_no_given_one_sees_and_says_so(r
     monkeypatch.setattr("sys.argv", flags)
     with pytest.raises(SystemExit):
         config.run(sample.main)
-    assert "--w_r steers nothing" in capsys.readouterr().err
+    assert "--w_r steers no frame that --mode predict draws" in capsys.readouterr().err
     model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
+    sample.check(model, infill.SampleConfig(mode="predict", w_r=5.0, method="replacement"))  # as it says
     for parameter in model.network.parameters():
         parameter.data += 0.05 * noise(*parameter.shape)
     given = sample.predict(model, s := infill.SampleConfig(num=1, steps=2, w_r=5.0))
