@@ -131,7 +131,7 @@ def parameters(lab: Lab, flags: dict[str, Any]) -> int:
 
 def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
     """The optimizer steps that fit into --train_minutes, by a short run of the same model."""
-    here = dict(steps=(n := min(60, lab.c.train_steps)), log_every=max(1, n // 3))
+    here = dict(steps=(n := min(240, lab.c.train_steps)), log_every=max(1, n // 6))
     rate = speed_of(trained(lab, flags | here, 0).parent)
     return max(2, round(60 * lab.c.train_minutes * rate / NARROW["batch_size"]))
 

@@ -40,7 +40,7 @@ class EvaluateConfig:
     train_steps: int = 2000  # [1, 100000000] joint, positions: optimizer steps of their small models
     train_minutes: float = 4.0  # (0, 10000] blocks: minutes of training of each of its models
     autoencoder: str = "pretrained/autoencoder_32.pt"  # blocks: whose latents its models draw
-    interpolator: str = "pretrained/interpolate_32.pt"  # speed: a run with --keys; none is shipped
+    interpolator: str = "pretrained/interpolate_32.pt"  # speed: fills between key frames (--keys)
     quick: bool = False  # few clips, one seed, few calls: minutes, and only to see that it works
     i3d: str = ""  # a TorchScript I3D file that you trust: adds FVD
     out: str = "results"  # folder of NAME.md and NAME.json
