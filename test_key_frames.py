@@ -14,6 +14,7 @@ import infill
 import sample
 import train
 from diffusion import DiffusionConfig, denoiser, ends, loss, reveal
+from features import load_features, observe
 from machine import Machine
 from magicvideo import NETWORKS
 from test_train import fitted
@@ -227,3 +228,26 @@ def test_a_bad_beginning_is_one_sentence(flags, parts, slow, tmp_path, monkeypat
         config.run(train.main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("error:") == 1 and all(part in err for part in parts)
+
+
+def test_the_shipped_networks_go_as_fast_as_asked_and_then_fill_in():
+    """4 clips in 8 steps; measured with more (results/speed.md): 2.5, 4.1 and 7.0 px a frame at 8, 4, 2 fps."""
+    pretrained, digits = Path(__file__).parent / "pretrained", (0, 1, 7, 6)
+    features = load_features(pretrained / "features_32.pt", CPU.device)
+    slow, between = (infill.load_model(pretrained / f"{name}_32.pt", CPU.device)[0]
+                     for name in ("magicvideo", "interpolate"))
+    s = infill.SampleConfig(num=4, text="|".join(f"a {digit} moving left" for digit in digits), w=1.0,
+                            sampler="dpm_solver", steps=8)
+
+    def seen(x: Tensor) -> tuple[float, float]:
+        classes, places, *_ = observe(x, features, 1)
+        return (places.diff(dim=1).norm(dim=3).mean().item(),
+                (classes[..., 0] == torch.tensor(digits)[:, None]).float().mean().item())
+    clips = {fps: infill.fill(slow, dataclasses.replace(s, fps=fps), infill.nothing(slow, s, 16))
+             for fps in (8.0, 4.0, 2.0)}
+    (normal, named), (faster, _), (fastest, _) = map(seen, clips.values())
+    assert 1.2 < normal < faster - 0.7 < fastest - 2 and named > 0.7
+    s = dataclasses.replace(s, mode="key_frames", text="", w=0.0)
+    filled = infill.fill(between, s, sample.gaps(between, s, sample.inside(between, clips[2.0])))
+    step, named = seen(sample.joined(filled, 4))
+    assert 1.2 < step < fastest / 2 and named > 0.5
