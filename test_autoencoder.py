@@ -11,7 +11,7 @@ import checkpoint
 import config
 import infill
 import sample
-import state
+import run
 import train
 from autoencoder import Autoencoder, AutoencoderConfig, kl
 from data import DataConfig, batches
@@ -274,6 +274,6 @@ def test_an_autoencoder_alone_draws_nothing(coder, tmp_path, monkeypatch, capsys
 
 
 def test_the_settings_of_an_autoencoder_become_those_of_the_run(coder):
-    taken = state.start_of(None, str(coder))
+    taken = run.start_of(None, str(coder))
     assert taken == {"channels": 1, "factor": 4, "latent_channels": 4, "width": 8, "kl_weight": 1e-4,
                      "video_decoder": False, "latent_factor": 4}

@@ -15,7 +15,7 @@ from autoencoder import AutoencoderConfig
 from data import DataConfig
 from diffusion import DiffusionConfig
 from infill import SampleConfig
-from state import TrainConfig
+from run import TrainConfig
 from text import TextConfig
 from unet3d import UNetConfig
 

@@ -29,7 +29,7 @@ from pytest import CaptureFixture, MonkeyPatch
 import checkpoint
 import config
 import data
-import record
+from run import forget_log, log
 import infill
 import sample
 import train
@@ -477,14 +477,14 @@ def test_metrics_torn_by_a_crash_are_whole_lines_after_the_next_start(torn: str,
 
 def test_a_failure_while_metrics_are_rewritten_leaves_them_as_they_were(copy: Path,
                                                                         monkeypatch: MonkeyPatch) -> None:
-    record.append(copy, {"step": 3})
+    log(copy, {"step": 3})
     before = files(copy)
 
     def fails(*given: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError):
-        record.forget(copy, 2)
+        forget_log(copy, 2)
     assert files(copy) == before
 
 

@@ -14,7 +14,7 @@ import infill
 import sample
 import train
 from diffusion import DiffusionConfig, denoiser, ends, loss, reveal
-from features import load_features, observe
+from experiments.features import load_features, observe
 from machine import Machine
 from magicvideo import NETWORKS
 from test_train import fitted

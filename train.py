@@ -23,13 +23,12 @@ import autoencoder
 import checkpoint
 import config
 import cost
-import record
 from data import batches
 from diffusion import denoiser, loss, noise_like, schedule
 from files import save_video
 from machine import Machine, start, stop_signals
 from sampling import dpm_solver
-from state import Settings, State, TrainConfig, build, save, settings
+from run import Settings, State, TrainConfig, build, forget_log, log, save, settings, write_whole
 from text import TextConfig, embed
 
 
@@ -95,7 +94,7 @@ def fit(s: Settings, machine: Machine) -> None:
     """The training loop: steps, metrics, previews and checkpoints, until --steps or a signal to stop."""
     state, stop = build(s, machine.device), stop_signals()
     if machine.rank == 0:
-        record.forget(Path(s.train.out), state.step)
+        forget_log(Path(s.train.out), state.step)
     network = torch.compile(state.model) if s.train.compile else state.model
     network = DistributedDataParallel(network) if machine.world > 1 else network
     first = state.step * s.train.accumulate * machine.world + machine.rank
@@ -115,7 +114,7 @@ def fit(s: Settings, machine: Machine) -> None:
                 value = machine.mean(torch.stack(losses).mean())
                 bar.set_postfix(step=state.step, loss=f"{value:.4f}")
                 if machine.rank == 0:
-                    record.append(Path(s.train.out), {
+                    log(Path(s.train.out), {
                         "step": state.step, "loss": value, "grad_norm": norm.item(),
                         "lr": state.optimizer.param_groups[0]["lr"],
                         "clips_per_second": clips * len(losses) / (time.time() - begun)})
@@ -203,7 +202,7 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
         if any(folder.glob("checkpoint_*.pt")) and not (s.train.resume and folder.samefile(resumed)):
             raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another "
                              "--out")
-        record.replace(folder / "config.json", json.dumps(s.flat(), indent=1))
+        write_whole(folder / "config.json", json.dumps(s.flat(), indent=1))
         announce(s, machine)
         yield
 

@@ -3,6 +3,9 @@
 There is no random state to save. Everything random in micro-batch i, data, times, noise and dropout, depends
 on (--seed, i) alone, so that weights, Adam's state and the step make a resumed run the uninterrupted one.
 """
+import contextlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -223,3 +226,38 @@ def restore(state: State, content: dict[str, Any]) -> None:
     groups = state.optimizer.state_dict()["param_groups"]  # as the flags say now
     state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
     state.step = int(content["step"])
+
+
+# ---- what a run writes down for people: metrics.jsonl, a line every so many steps ------------------------
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes text to path whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def log(folder: Path, values: dict[str, float]) -> None:
+    """Adds one line to the run's metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The lines of the run's metrics.jsonl, without any that a crash left torn."""
+    path, lines = folder / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if isinstance(values := json.loads(line), dict) and "step" in values:
+                lines.append(values)
+    return lines
+
+
+def forget_log(folder: Path, step: int) -> None:
+    """Drops the lines after step from metrics.jsonl: a resumed run takes those steps again."""
+    kept = [values for values in read_log(folder) if values["step"] <= step]
+    write_whole(folder / "metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept))

@@ -13,19 +13,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ablations
-import evaluate
+from experiments import ablations
+from experiments import evaluate
 import infill
-import lab as lab_module
-import metrics
+from experiments import lab as lab_module
+from experiments import metrics
 import sample
 from data import DIRECTIONS, DataConfig, moving_mnist
-from ablations import small_model
-from evaluate import closest, heading, table
-from lab import EvaluateConfig, build
+from experiments.ablations import small_model
+from experiments.evaluate import closest, heading, table
+from experiments.lab import EvaluateConfig, build
 from test_key_frames import BETWEEN, TINY, fitted
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 WIDE = ["--attention_resolutions", "16"]
 
 
@@ -35,9 +35,9 @@ def lab():
 
 
 def quick(experiment: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(HERE / "evaluate.py"), "--experiment", experiment, "--quick",
+    command = [sys.executable, "-m", "experiments.evaluate", "--experiment", experiment, "--quick",
                "--out", str(out), "--device", "cpu", *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

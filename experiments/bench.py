@@ -1,4 +1,4 @@
-"""Speed and memory side by side: python bench.py.
+"""Speed and memory side by side: python -m experiments.bench.
 
 --table peer times our network against that of the package video-diffusion-pytorch (if it is installed), parts
 times ours alone, growth shows how time and memory grow with the clip. What is compared takes turns in one
@@ -32,7 +32,7 @@ from diffusion import DiffusionConfig, denoiser, loss, schedule
 from guidance import reconstruction_guided
 from machine import Machine, start
 from sampling import ddim, dpm_solver, sample
-from state import ema_update
+from run import ema_update
 from unet3d import UNet3D, UNetConfig
 
 
@@ -295,7 +295,7 @@ def main() -> None:
     c, = config.parse(BenchConfig)
     machine = start(c.device, c.precision, c.threads)
     tuned = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    print(f"`python bench.py {shlex.join(sys.argv[1:])}`, {machine}, PyTorch {torch.__version__}, "
+    print(f"`python -m experiments.bench {shlex.join(sys.argv[1:])}`, {machine}, PyTorch {torch.__version__}, "
           f"{time.strftime('%Y-%m-%d')}, allocator {tuned or 'as it is by default'}, "
           f"median [min, max] of {c.rounds} rounds\n")
     {"peer": peer_table, "parts": parts_table, "growth": growth_table}[c.table](c, machine)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-from bench import BenchConfig, Entrant, Peer, Trainer, entrants, flops, parameters, peak_memory, take_turns
+from experiments import bench
+from experiments.bench import BenchConfig, Entrant, Peer, Trainer, entrants, flops, parameters, peak_memory, take_turns
 from machine import Machine
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 CPU = Machine(torch.device("cpu"), "float32")
 SMALL = (("size", 16), ("dim", 16), ("head_dim", 8), ("attention_resolutions", (4,)), ("emb_dim", 16))
 OURS = Entrant("ours", "cpu", SMALL)
@@ -139,7 +139,7 @@ def test_the_tables_come_out(table, with_peer, monkeypatch, capsys):
     bench.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("|")]
-    assert lines[0].startswith(f"`python bench.py --table {table}") and len(rows) >= 6
+    assert lines[0].startswith(f"`python -m experiments.bench --table {table}") and len(rows) >= 6
     assert table == "parts" or len({row.count("|") for row in rows}) == 1
 
 
@@ -153,6 +153,6 @@ def test_the_growth_table_comes_out(monkeypatch, capsys):
 
 
 def test_bad_flags_are_one_sentence():
-    command = [sys.executable, "bench.py", "--rounds", "0"]
+    command = [sys.executable, "-m", "experiments.bench", "--rounds", "0"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--rounds" in done.stderr

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 import cost
-import record
 from autoencoder import Autoencoder
 from diffusion import loss
 from infill import Model, load_model
-from lab import HERE, Arm, Lab
-from state import Settings, settings
+from experiments.lab import HERE, Arm, Lab
+from run import Settings, read_log, settings
 from text import embed
 
 # what all models here are trained with, but for their flags
@@ -138,7 +137,7 @@ def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
 
 def speed_of(run: Path) -> float:
     """The median of a run's training clips per second."""
-    return statistics.median(line["clips_per_second"] for line in record.read(run)[1:])
+    return statistics.median(line["clips_per_second"] for line in read_log(run)[1:])
 
 
 def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import conv2d, one_hot
 
-from features import Features, batched, observe, walls
+from experiments.features import Features, batched, observe, walls
 
 # ---- numbers of a set of clips ---------------------------------------------------------------------------
 

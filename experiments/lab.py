@@ -1,4 +1,4 @@
-"""The laboratory of evaluate.py: a model, the networks that measure, real clips, and drawn ones."""
+"""The laboratory of evaluate: a model, the networks that measure, real clips, and drawn ones."""
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import infill
-import metrics
+from experiments import metrics
 import sample
 from data import moving_mnist, stochastic_moving_mnist
-from features import Features, load_features, observe
+from experiments.features import Features, load_features, observe
 from infill import Given, Model, SampleConfig, nothing
 from machine import Machine, start
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # the clone
 Arm = Callable[[int], dict[str, float]]  # seed -> what was measured
 Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "super_resolve", "positions",
                      "blocks", "speed"]
@@ -43,7 +43,7 @@ class EvaluateConfig:
     interpolator: str = "pretrained/interpolate_32.pt"  # speed: fills between key frames (--keys)
     quick: bool = False  # few clips, one seed, few calls: minutes, and only to see that it works
     i3d: str = ""  # a TorchScript I3D file that you trust: adds FVD
-    out: str = "results"  # folder of NAME.md and NAME.json
+    out: str = "experiments/results"  # folder of NAME.md and NAME.json
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
@@ -128,7 +128,7 @@ def build(c: EvaluateConfig) -> Lab:
         raise ValueError(f"{path} was trained without captions, and --experiment {c.experiment} needs them")
     if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
         raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
-                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python features.py")
+                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python -m experiments.features")
     if model.network.config.keys or c.experiment == "super_resolve" and model.autoencoder:
         raise ValueError(f"{path} draws latents, or between key frames: --experiment {c.experiment} cannot")
     return Lab(c, path, model, features, machine, min(model.data.frame_stride))

@@ -1,4 +1,4 @@
-"""The experiments behind the tables of section 4, on Moving MNIST: python evaluate.py --experiment NAME.
+"""The experiments behind the tables of section 4, on Moving MNIST: python -m experiments.evaluate --experiment NAME.
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
 raw numbers beside it. But for predict and speed, what is drawn stands beside two real rows: as many clips of
@@ -26,12 +26,12 @@ from torch import Tensor
 import checkpoint
 import config
 import infill
-import metrics
+from experiments import metrics
 import sample
-from ablations import blocks, joint, positions
+from experiments.ablations import blocks, joint, positions
 from data import DIRECTIONS
-from features import walls
-from lab import HERE, Arm, EvaluateConfig, Lab, build
+from experiments.features import walls
+from experiments.lab import HERE, Arm, EvaluateConfig, Lab, build
 from infill import Given, SampleConfig, nothing, show, show_small, smaller
 
 
@@ -259,7 +259,7 @@ def _cell(values: list[float]) -> str:
 def write(lab: Lab, about: str, text: str, raw: dict[str, Any], minutes: float) -> str:
     """Writes NAME.md and NAME.json into --out and returns the page."""
     c, folder = lab.c, Path(lab.c.out)
-    facts = {"command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]), "machine": str(lab.machine),
+    facts = {"command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]), "machine": str(lab.machine),
              "PyTorch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "minutes": round(minutes, 1),
              "checkpoint": checkpoint.checksum(checkpoint.load(lab.path)), "features": lab.features.sha256}
     page = (f"# {c.experiment}\n\n{about}\n\n{text}\n\nMean ± standard deviation over {c.seeds} seeds, "

@@ -1,6 +1,6 @@
 """The two small networks that measure: which digit is where in a frame, and how a clip moves.
 
-They are trained here on the labels that the generator of Moving MNIST knows: python features.py.
+They are trained here on the labels that the generator of Moving MNIST knows: python -m experiments.features.
 """
 import math
 from collections.abc import Callable
@@ -189,7 +189,7 @@ class Features:
 
 
 def load_features(path: str | Path, device: str | torch.device = "cpu") -> Features:
-    """The networks that `python features.py` wrote to path. ValueError: it is no such file."""
+    """The networks that `python -m experiments.features` wrote to path. ValueError: it is no such file."""
     saved = checkpoint.load(path)
     if "features" not in saved:
         raise ValueError(f"{path} is a checkpoint, but not one that features.py wrote")
@@ -250,7 +250,7 @@ def accuracy(features: Features, cfg: FeatureConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    """Trains the networks that measure, as python features.py --steps 2500 --out features_32.pt did."""
+    """Trains the networks that measure, as python -m experiments.features --steps 2500 --out features_32.pt did."""
     cfg, = config.parse(FeatureConfig)
     nets = train(cfg)
     result = accuracy(Features(*nets, asdict(cfg), ""), cfg)

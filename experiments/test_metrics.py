@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from data import DataConfig, moving_mnist
-from features import Features, load_features, observe, walls
-from metrics import (frechet, fvd, identity_kept, identity_true, inception_score, measure, mse_per_frame,
+from experiments.features import Features, load_features, observe, walls
+from experiments.metrics import (frechet, fvd, identity_kept, identity_true, inception_score, measure, mse_per_frame,
                      psnr, seam, ssim, trajectory_residual)
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 TRAINED = HERE / "pretrained" / "features_32.pt"
 LOW, HIGH = walls(32)
 N = 64  # clips in a set

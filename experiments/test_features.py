@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import checkpoint
-import features
-from features import (FeatureConfig, FrameNet, VideoNet, centres, link, load_features, observe, splat,
+from experiments import features
+from experiments.features import (FeatureConfig, FrameNet, VideoNet, centres, link, load_features, observe, splat,
                       strongest)
-from test_metrics import HERE, HIGH, LOW, TRAINED, N, clips, path, seeded, trained
+from experiments.test_metrics import HERE, HIGH, LOW, TRAINED, N, clips, path, seeded, trained
 
 
 # The networks, and what they are trained towards
@@ -92,7 +92,7 @@ def test_the_velocity_of_two_equal_digits_is_their_mean_and_absent_classes_are_l
 
 def test_the_program_trains_and_writes_a_file_that_loads(tmp_path: Path):
     out = tmp_path / "deep" / "f.pt"
-    command = [sys.executable, "features.py", "--size", "16", "--steps", "2", "--out"]
+    command = [sys.executable, "-m", "experiments.features", "--size", "16", "--steps", "2", "--out"]
     done = subprocess.run([*command, str(out)], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0 and "digit_accuracy" in done.stdout, done.stderr
     loaded = load_features(out)
