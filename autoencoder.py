@@ -4,21 +4,21 @@ Each frame is encoded alone. Clean frames are encoded and their latents diffused
 With --video_decoder two layers of directed attention over time join the decoder, so that frames agree.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from magicvideo import DirectedMix
+from magicvideo import DirectedMix, MagicVideoConfig
 from unet3d import Attention, Norm, UNetConfig, isolate, zero
 
 
 @dataclass
 class AutoencoderConfig:
-    """The autoencoder. Raises ValueError if factor is no power of two."""
-    channels: int = 1  # [1, 3] channels of a frame: 1 grey, 3 RGB
+    """The autoencoder of frames (MagicVideo). Raises ValueError if factor is no power of two."""
+    channels: int = 1  # [1, 64] channels of a frame: 1 grey, 3 RGB
     factor: int = 4  # [2, 16] autoencoder: height and width of a latent are so many times smaller
     latent_channels: int = 4  # [1, 64] channels of a latent
     width: int = 32  # [8, 1024] autoencoder: channels inside
@@ -54,7 +54,7 @@ class Autoencoder(nn.Module):
         self.encoder = nn.Sequential(nn.Conv2d(config.channels, dim, 3, padding=1), *down, Residual(dim),
                                      Norm(dim), nn.SiLU(), nn.Conv2d(dim, 2 * config.latent_channels, 1))
         self.entry = nn.Sequential(nn.Conv2d(config.latent_channels, dim, 3, padding=1), Residual(dim))
-        heads = UNetConfig(head_dim=max(8, dim // 4))
+        heads = MagicVideoConfig(head_dim=max(8, dim // 4))
         self.time = nn.ModuleList(Attention(dim, DirectedMix, heads) for _ in range(2 * config.video_decoder))
         up = [layer for _ in levels
               for layer in (nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim, 3, padding=1), Residual(dim))]
@@ -93,6 +93,13 @@ class Autoencoder(nn.Module):
     def video(self, z: Tensor) -> Tensor:
         """The video, in [-1, 1], of what was drawn."""
         return self.decode(z / self.scale).clamp(-1, 1)
+
+
+def in_latents(unet: UNetConfig, config: AutoencoderConfig) -> UNetConfig:
+    """The architecture for frames as the autoencoder makes them. Raises ValueError if they do not divide."""
+    if unet.size % config.factor:
+        raise ValueError(f"--size {unet.size} is not divisible by --factor {config.factor}")
+    return replace(unet, channels=config.latent_channels, size=unet.size // config.factor)
 
 
 def frozen(config: AutoencoderConfig, weights: dict[str, Tensor], device: torch.device) -> Autoencoder:

@@ -13,7 +13,7 @@ import reprlib
 import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 _PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), blocks=2, head_dim=64,
@@ -47,13 +47,21 @@ PRESETS: dict[str, dict[str, Any]] = {
                                num_images=7, steps=800_000),
 }
 
-SAMPLING: dict[str, dict[str, Any]] = {  # what sample.py starts from for a model trained with the preset
-    "ucf101": dict(sampler="ancestral", steps=256, gamma=0.1),
-    "bair": dict(sampler="ancestral", steps=256, gamma=0.0, delta=0.1, w_r=50.0, overlap=1),
-    "kinetics600": dict(sampler="ancestral", steps=128, gamma=0.0, delta=0.1, w_r=9.0, overlap=5),
-    "text_small": dict(sampler="ancestral", steps=256, gamma=0.3),
-    "text_large": dict(sampler="ancestral", steps=256, gamma=0.3),
-    "text_9x128": dict(sampler="ancestral", steps=256, gamma=0.3),
+_DIGITS = {"all": dict(steps=32, delta=0.1), "generate": dict(sampler="dpm_solver", steps=25, delta=0.0)}
+
+
+def _paper(w_r: float = 0.0, **flags: Any) -> dict[str, dict[str, Any]]:
+    whole = dict.fromkeys(("predict", "extend", "interpolate"), {"w_r": w_r})  # w_r of small frames is another
+    return {"all": flags} | (whole if w_r else {})
+
+
+# The sampling settings that a checkpoint carries: for all modes, then what a mode has of its own.
+SAMPLING: dict[str, dict[str, dict[str, Any]]] = {
+    **dict.fromkeys(("cpu", "cpu_wide", "cuda"), _DIGITS),
+    "ucf101": _paper(steps=256, gamma=0.1),
+    "bair": _paper(steps=256, delta=0.1, overlap=1, w_r=50.0),
+    "kinetics600": _paper(steps=128, delta=0.1, overlap=5, w_r=9.0),
+    **dict.fromkeys(("text_small", "text_large", "text_9x128"), _paper(steps=256, gamma=0.3)),
 }
 
 
@@ -96,7 +104,7 @@ def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
     except (TypeError, ArithmeticError, RuntimeError):
         raise ValueError("its settings are not of the types that flags have") from None
     for part in parts:
-        for field, comment in _commented_fields(type(part)):
+        for field, comment, _ in _documented_fields(type(part)):
             if not _allowed(getattr(part, field.name), field.type, comment):
                 value = reprlib.repr(getattr(part, field.name))
                 raise ValueError(f"its setting {field.name} is {value}, which --{field.name} does not allow")
@@ -114,14 +122,14 @@ def _allowed(value: Any, kind: Any, comment: str) -> bool:
         return False
 
 
-def parse(*configs: type, argv: list[str] | None = None,
+def parse(*configs: type, argv: list[str] | None = None, first: Sequence[str] = (),
           defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {}) -> list[Any]:
     """One instance of each dataclass from the command line; a field name they share is one flag.
 
     A flag given by hand wins over defaults(given), those win over --preset, and that over the dataclass. Bad
-    input ends the program with one sentence and exit status 2.
+    input ends the program with one sentence and exit status 2. --help lists the flags named in first first.
     """
-    given = vars(_parser(configs).parse_args(argv))
+    given = vars(_parser(configs, first).parse_args(argv))
     try:
         values = defaults(given) | given
         if (preset := values.get("preset", "cpu")) not in PRESETS:
@@ -133,26 +141,38 @@ def parse(*configs: type, argv: list[str] | None = None,
         fail(str(error))
 
 
-def _parser(configs: tuple[type, ...]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110))
-    parser.error = fail
-    fields = {f.name: (f, comment) for config in configs for f, comment in _commented_fields(config)}
-    for name, (field, comment) in fields.items():
-        flag, kind = f"--{name}", field.type
+def _parser(configs: tuple[type, ...], first: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--FLAG VALUE ...]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110))
+    parser.error, groups, fields = fail, {}, {}
+    for field, comment, title in (entry for config in configs for entry in _documented_fields(config)):
+        fields.setdefault(field.name, (field, comment, title))
+    for name in [*first, *(name for name in fields if name not in first)]:
+        field, comment, title = fields[name]
+        title = "What everybody needs first" if name in first else title
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
         text = f"{comment} (default: {_shown(field.default)})".replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), help=text)
-        else:
-            parser.add_argument(flag, type=_converter(kind, comment), metavar=name.upper(), help=text)
+        groups[title].add_argument(f"--{name}", help=text, **_kind_of(field, comment))
     return parser
 
 
-def _commented_fields(config: type) -> list[tuple[dataclasses.Field, str]]:
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(config), re.M))
-    return [(field, comments[field.name]) for field in dataclasses.fields(config)]
+def _kind_of(field: dataclasses.Field, comment: str) -> dict[str, Any]:
+    if field.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(field.type) is typing.Literal:
+        return {"choices": typing.get_args(field.type)}
+    return {"type": _converter(field.type, comment), "metavar": field.name.upper()}
+
+
+def _documented_fields(config: type) -> list[tuple[dataclasses.Field, str, str]]:
+    """The fields with their comments and the first sentence of the dataclass that has them."""
+    found = {}
+    for part in reversed(config.__mro__[:-1]):
+        title = inspect.getdoc(part).splitlines()[0].split(". ")[0].rstrip(".")
+        for name, comment in re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(part), re.M):
+            found[name] = comment, title
+    return [(field, *found[field.name]) for field in dataclasses.fields(config)]
 
 
 def _shown(value: Any) -> str:

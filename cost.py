@@ -6,20 +6,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import DiffusionConfig, loss
-from magicvideo import NETWORKS
-from unet3d import UNetConfig
+from magicvideo import MagicVideoConfig, between, build
 
 
-def step_cost(unet: UNetConfig, diffusion: DiffusionConfig, num_images: int, tokens: int,
+def step_cost(unet: MagicVideoConfig, diffusion: DiffusionConfig, num_images: int, tokens: int,
               arch: str = "unet3d") -> tuple[int, int]:
     """Parameters of the network, and FLOPs of one clip's forward and backward pass, without any memory."""
     model = network(unet, arch)
     with torch.device("meta"):
-        inner = model.config  # of latents, where there is an autoencoder
-        x = torch.empty(1, inner.channels, inner.frames + num_images, inner.size, inner.size)
+        x = torch.empty(1, unet.channels, unet.frames + num_images, unet.size, unet.size)
         cond = torch.empty(1, tokens, unet.cond_dim) if unet.cond_dim else None
-    return count(model), flops(
-        lambda: loss(model, x, diffusion, cond, num_images, keys=unet.keys).mean().backward())
+    call = between(model, x, diffusion) if unet.keys else model
+    return count(model), flops(lambda: loss(call, x, diffusion, cond, num_images).mean().backward())
 
 
 def flops(call: Callable[[], object]) -> int:
@@ -29,10 +27,10 @@ def flops(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def network(unet: UNetConfig, arch: str) -> nn.Module:
+def network(unet: MagicVideoConfig, arch: str) -> nn.Module:
     """The network without any memory."""
     with torch.device("meta"):
-        return NETWORKS[arch](unet)
+        return build(arch, unet)
 
 
 def count(model: nn.Module) -> int:

@@ -32,7 +32,7 @@ class DataConfig:
     split: Literal["train", "test"] = "train"  # half of the data: no test digit or clip is ever trained on
     frames: int = 16  # [1, 1024] frames per clip
     size: int = 64  # [8, 1024] height and width in pixels
-    channels: int = 1  # [1, 3] colour channels: 1 is grey, 3 is RGB
+    channels: int = 1  # [1, 64] colour channels: 1 is grey, 3 is RGB
     frame_stride: tuple[int, ...] = (1,)  # [1, 64] every n-th frame is used; of several n each clip draws one
     num_images: int = 0  # [0, 64] independent image frames appended to each clip (joint training)
     digits: int = 2  # [1, 8] digits per clip of the MNIST sets

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (z, logsnr) -> x_hat, shaped like z
@@ -23,6 +22,7 @@ class DiffusionConfig:
     logsnr_min: float = -20.0  # [-40, 0] log-SNR at t = 1
     logsnr_max: float = 20.0  # [0, 40] log-SNR at t = 0
     noise_shift: float = 1.0  # [0.1, 100] sigma/alpha is multiplied by this at every t; 1 is the paper
+    frame_noise: float = 0.0  # [0, 1] share of clips in training whose frames have each a time of its own
 
 
 def cosine_logsnr(t: Tensor, logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> Tensor:
@@ -94,53 +94,36 @@ def reverse(z_t: Tensor, x: Tensor, logsnr_t: Tensor, logsnr_s: Tensor,
 
 
 def loss(model: Callable, x: Tensor, config: DiffusionConfig, cond: Tensor | None = None, num_images: int = 0,
-         generator: torch.Generator | None = None, keys: bool = False) -> Tensor:
+         generator: torch.Generator | None = None) -> Tensor:
     """The loss of each clip (B,): mean squared error on eps or v at a random time (Eq. 2 with its weights).
 
-    x: (B, C, F + num_images, H, W); cond: token embeddings as UNet3D takes them, or None for c = 0. With keys
-    the network is shown the clip's first and last frame clean, and these do not count.
+    x: (B, C, F + num_images, H, W); cond: token embeddings as UNet3D takes them, or None for c = 0.
     """
-    batch = x.shape[0]
-    # Paper: t ~ U[0, 1] for each clip. One draw from each of B equal strata has the same mean, less variance.
-    t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    logsnr = schedule(t, config).view(-1, 1, 1, 1, 1).to(x.device)
+    t = times(x.shape[0], x.shape[2], config, generator)
+    logsnr = schedule(t, config)[:, None, :, None, None].to(x.device)
     eps = noise_like(x, generator)
-    target = eps if config.prediction == "eps" else v_from_x(x, logsnr, eps)
-    z = diffuse(x, logsnr, eps)
-    output = model(reveal(z, x, num_images) if keys else z, logsnr, cond, num_images)
-    error = (output - target).square()
-    if keys:
-        unknown = ~ends(x.shape[2], num_images).to(x.device)
-        error = error * unknown * (len(unknown) / (len(unknown) - 2))
-    return error.flatten(1).mean(1)  # Eq. 2
+    output = model(diffuse(x, logsnr, eps), logsnr, cond, num_images)
+    return (output - target(x, logsnr, eps, config)).square().flatten(1).mean(1)  # Eq. 2
 
 
-def denoiser(model: Callable, config: DiffusionConfig, cond: Tensor | None = None,
-             keys: Tensor | None = None) -> Denoiser:
-    """The denoiser x_hat(z, logsnr) of a network: binds the condition and undoes the prediction type.
+def times(batch: int, frames: int, config: DiffusionConfig,
+          generator: torch.Generator | None = None) -> Tensor:
+    """Random times in [0, 1], one for each clip (B, 1), or with frame_noise one for each frame (B, frames)."""
+    # Paper: t ~ U[0, 1] for each clip. One draw from each of B equal strata has the same mean, less variance.
+    t = (torch.arange(batch) + torch.rand(batch, generator=generator))[:, None] / batch
+    if not config.frame_noise:
+        return t
+    # Paper: no such clips. Frames that are less noisy teach the network to look at other frames.
+    own = torch.rand(batch, 1, generator=generator) < config.frame_noise
+    return (t + own * torch.rand(batch, frames, generator=generator)) % 1
 
-    keys: a video (B, C, F, H, W) whose first and last frame are given, for a network trained with them.
-    """
+
+def target(x: Tensor, logsnr: Tensor, eps: Tensor, config: DiffusionConfig) -> Tensor:
+    """What a perfect network would say, shaped like x: eps or v, as config.prediction has it."""
+    return eps if config.prediction == "eps" else v_from_x(x, logsnr, eps)
+
+
+def denoiser(model: Callable, config: DiffusionConfig, cond: Tensor | None = None) -> Denoiser:
+    """The denoiser x_hat(z, logsnr) of a network: binds the condition and undoes the prediction type."""
     undo = {"eps": x_from_eps, "v": x_from_v}[config.prediction]
-    if keys is None:
-        return lambda z, logsnr: undo(z, logsnr, model(z, logsnr, cond))
-    known = ends(keys.shape[2]).to(keys.device)
-    return lambda z, logsnr: torch.where(
-        known, keys, undo(z, logsnr, model(reveal(z, keys), logsnr, cond)))
-
-
-def ends(frames: int, num_images: int = 0) -> Tensor:
-    """Which frames are a clip's first and last, (frames, 1, 1); its image frames come after these."""
-    frame = torch.arange(frames)[:, None, None]
-    return (frame == 0) | (frame == frames - num_images - 1)
-
-
-def reveal(z: Tensor, x: Tensor, num_images: int = 0) -> Tensor:
-    """What MagicVideo's interpolation network sees, (B, 3 C, F, H, W): z, its first and last frame clean, and
-    in further channels of every frame but the images these two frames of x, since a directed network sees no
-    later one.
-    """
-    last = z.shape[2] - num_images - 1
-    keys = torch.cat([x[:, :, :1], x[:, :, last : last + 1]], 1).expand(-1, -1, last + 1, -1, -1)
-    keys = nnf.pad(keys, (0, 0, 0, 0, 0, num_images))
-    return torch.cat([torch.where(ends(z.shape[2], num_images).to(z.device), x, z), keys], 1)
+    return lambda z, logsnr: undo(z, logsnr, model(z, logsnr, cond))

@@ -4,7 +4,7 @@ Here guidance, sampler and network meet. Whatever is known is a Given, and fill(
 of the model's length where the video is longer. sample.py makes a Given of each of its modes.
 """
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,22 +15,23 @@ from tqdm import tqdm
 
 import checkpoint
 import config
-from autoencoder import Autoencoder, AutoencoderConfig, frozen
+from autoencoder import Autoencoder, AutoencoderConfig, frozen, in_latents
 from data import DataConfig
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
 from guidance import classifier_free, clipped, reconstruction_guided, replacement
-from magicvideo import NETWORKS
+from magicvideo import MagicVideo, MagicVideoConfig, between, build
 from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
-from unet3d import UNet3D, UNetConfig
+from unet3d import UNet3D
 
-PARTS = DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig
+PARTS = DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig
 Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade", "key_frames"]
+SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
 
 
 @dataclass
 class SampleConfig:
-    """What to draw, and how; sample.py starts from other values for some models (README.md)."""
+    """What to draw, and how. Raises ValueError for settings that do not fit each other."""
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
     base: str = ""  # cascade, key_frames: the model that draws what is given; else it is a real clip
@@ -55,6 +56,26 @@ class SampleConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
 
+    def __post_init__(self):
+        keys = self.mode == "key_frames"
+        for wrong, sentence in (
+                (self.sampler != "ancestral" and (self.delta or self.gamma),
+                 f"--delta and --gamma belong to --sampler ancestral, not {self.sampler}"),
+                (self.w and not self.text,
+                 "--w guides towards a caption: it needs --text and a model trained with captions"),
+                (self.fps and not self.text, "--fps is said after a caption: it needs --text"),
+                (self.fps and keys, "--fps is not for key frames, which have their own speed"),
+                (keys and (self.method == "replacement" or self.w_r),
+                 "--method and --w_r steer towards given frames, and a model trained with --keys sees them"),
+                (self.mode in SMALL and self.method == "replacement",
+                 f"--method replacement replaces whole frames, and --mode {self.mode} is given small ones"),
+                (self.base and self.mode not in ("cascade", "key_frames"),
+                 f"--base belongs to --mode cascade and key_frames, not {self.mode}"),
+                (self.input and (self.base or self.mode == "generate"),
+                 "--input is for modes that are given frames: not generate, nor with --base")):
+            if wrong:
+                raise ValueError(sentence)
+
 
 @dataclass
 class Model:
@@ -65,6 +86,7 @@ class Model:
     text: TextConfig
     device: torch.device
     autoencoder: Autoencoder | None = None  # of a network that draws latents
+    sampling: dict[str, dict] = field(default_factory=dict)  # SAMPLING's like, which its checkpoint carries
 
 
 @dataclass
@@ -109,37 +131,54 @@ def smaller(x: Tensor, scale: int) -> Tensor:
 # ---- from a checkpoint to a denoiser ---------------------------------------------------------------------
 
 
-def load_model(path: Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
-    """The model in a checkpoint, EMA weights, no gradients, and the settings it was trained with."""
+def load_model(path: Path, device: torch.device) -> Model:
+    """The model in a checkpoint: EMA weights, no gradients. Raises ValueError if there is none in it."""
     content = checkpoint.load(path)
+    if "features" in content:
+        raise ValueError(f"{path} holds the networks that measure, for experiments/: it draws nothing")
     try:
         data, unet, diffusion, text, latent = config.rebuild(settings := content["settings"], *PARTS)
-        network = NETWORKS[settings.get("arch", "unet3d")](unet)
-        network.load_state_dict(content["ema"])
+        if (arch := settings.get("arch", "unet3d")) == "autoencoder":
+            raise ValueError("an autoencoder draws nothing, python train.py --latent trains in its latents")
         coder = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
+        network = build(arch, in_latents(unet, latent) if coder else unet)
+        network.load_state_dict(content["ema"])
+        for mode in (sampling := content.get("sampling", {})).values():
+            config.rebuild(mode, SampleConfig)  # each is a value that its flag would take
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
     network = network.to(device, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
-    return Model(network, data, diffusion, text, device, coder), settings
+    return Model(network, data, diffusion, text, device, coder, sampling)
 
 
-def text_guided(model: Model, s: SampleConfig, keys: Tensor | None = None) -> Denoiser:
+def text_guided(model: Model, s: SampleConfig, given: "Given") -> Denoiser:
     """The model's denoiser for --text, with classifier-free guidance of weight --w; c = 0 without a text."""
-    plain = denoiser(model.network, model.diffusion, keys=keys)
-    if not s.text or not model.text.cond_dim:
+    network, clips = model.network, len(given.x)
+    if network.config.keys:
+        network = between(network, given.x, model.diffusion)
+    plain = denoiser(network, model.diffusion)
+    if not s.text:
         return plain
-    several = len(model.data.frame_stride) > 1 and " fps" not in s.text  # training said each clip's speed
-    fps = 0 if keys is not None else s.fps or several * 8 / min(model.data.frame_stride)
-    texts = captions(dataclasses.replace(s, fps=fps)) * (1 if keys is None else len(keys) // s.num)
+    if not model.text.cond_dim:
+        raise ValueError("--text needs a model trained with captions, and this one is unconditional")
+    texts = captions(s, 0 if model.network.config.keys else speed(model, s)) * (clips // s.num)
     cond = embed(texts, model.text).to(model.device)
-    return classifier_free(denoiser(model.network, model.diffusion, cond, keys), plain, s.w)
+    return classifier_free(denoiser(network, model.diffusion, cond), plain, s.w)
 
 
-def captions(s: SampleConfig) -> list[str]:
-    """One caption for each of --num clips: those of --text in turn, with --fps if it is given."""
-    return [text + f" at {s.fps:g} fps" * bool(s.fps) for text in s.text.split("|") * s.num][:s.num]
+def speed(model: Model, s: SampleConfig) -> float:
+    """The frames per second to say after a caption; 0 where training said none."""
+    several = len(strides := model.data.frame_stride) > 1
+    if s.fps and not several and model.data.dataset != "video_folder":
+        raise ValueError("--fps needs a model trained with several --frame_stride")
+    return s.fps or (8 / min(strides) if several and " fps" not in s.text else 0)
+
+
+def captions(s: SampleConfig, fps: float = 0.0) -> list[str]:
+    """One caption for each of --num clips: those of --text in turn, with the speed if there is one."""
+    return [text + f" at {fps:g} fps" * bool(fps) for text in s.text.split("|") * s.num][:s.num]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------
@@ -147,8 +186,8 @@ def captions(s: SampleConfig) -> list[str]:
 
 def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
-    length, keys = model.network.config.frames, given.x if model.network.config.keys else None
-    generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s, keys)
+    length = model.network.config.frames
+    generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s, given)
     starts = block_starts(given.known, length, overlap(model, s))
     calls = s.steps if not s.delta else 2 * s.steps - 1
     video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)
@@ -161,8 +200,11 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
 
 
 def overlap(model: Model, s: SampleConfig) -> int:
-    """The frames that predict is given and that blocks share."""
-    return s.overlap or model.network.config.frames // 2
+    """The frames that predict is given and that blocks share. Raises ValueError if none is left to draw."""
+    k, length = s.overlap or model.network.config.frames // 2, model.network.config.frames
+    if k >= length:
+        raise ValueError(f"--overlap {k} must be less than the model's {length} frames")
+    return k
 
 
 def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
@@ -185,7 +227,8 @@ def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: 
         w_r = s.w_r or (10.0 if given.low is None else 1.5)
         denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
                                         lambda x: seen(given, s, x, smaller(x, s.scale)), w_r)
-    times = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64)
+    digits = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
+    times = torch.linspace(1, 0, s.steps + 1, dtype=digits)
     logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)
     denoise = denoise if model.autoencoder else clipped(denoise)  # latents have no bounds
     if s.sampler == "ancestral":

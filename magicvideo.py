@@ -2,17 +2,32 @@
 
 Convolutions are 2D and shared by all frames; the adaptor, a scale and a shift for each, tells them apart.
 In a block space and time are two branches beside each other, and a frame sees none that comes after it.
-Captions enter by cross-attention, the speed by an embedding. Read it from the bottom up.
+Captions enter by cross-attention, the speed by an embedding. With keys, either network draws what is between
+two key frames. Read it from the bottom up.
 """
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffusion import DiffusionConfig, eps_from_x, target
 from unet3d import Attention, Block, Embedding, Norm, SpatialMix, UNet3D, UNetConfig, per_frame, zero
+
+
+@dataclasses.dataclass
+class MagicVideoConfig(UNetConfig):
+    """What MagicVideo adds to the architecture. Raises ValueError if there is no frame between the keys."""
+    mask: Literal["before", "after"] = "before"  # magicvideo: directed attention masked around the softmax
+    keys: bool = False  # the first and the last frame are given: a network that interpolates
+
+    def __post_init__(self):
+        if self.keys and self.frames < 3:
+            raise ValueError("--keys needs --frames 3 or more: the first and the last are given")
 
 
 class Adaptor(nn.Module):
@@ -38,7 +53,7 @@ class DirectedMix(nn.Module):
     q, k, v: ((b f), pixels, heads, d). With config.mask "before" M also acts inside the softmax; with "after"
     it does not, so that rows do not sum to 1 and later frames, though never seen, share the normalisation.
     """
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: MagicVideoConfig):
         super().__init__()
         self.before = config.mask == "before"
 
@@ -76,7 +91,7 @@ class CrossAttention(nn.Module):
 
 class MagicBlock(Block):
     """A residual block with adaptors and, where the level attends, space and time as parallel branches."""
-    def __init__(self, dim_in: int, dim: int, attend: bool, config: UNetConfig):
+    def __init__(self, dim_in: int, dim: int, attend: bool, config: MagicVideoConfig):
         super().__init__(dim_in, dim, False, config)  # not its attention, one after the other
         self.attend = attend
         self.adaptors = nn.ModuleList(Adaptor(dim, config) for _ in range(3 if attend else 2))
@@ -117,7 +132,7 @@ class MagicVideo(UNet3D):
     The last token of cond is the speed, the others are the caption. Raises ValueError for a clip of more
     frames than config.frames: the adaptors have no row for them.
     """
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: MagicVideoConfig):
         super().__init__(config, MagicBlock, SpeedEmbedding)
 
     def context(self, z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> tuple:
@@ -132,4 +147,40 @@ class MagicVideo(UNet3D):
         return *super().context(z, logsnr, cond, num_images), tokens, num_images
 
 
-NETWORKS = {"unet3d": UNet3D, "magicvideo": MagicVideo}  # --arch
+# ---- key frames, and the frames between them -------------------------------------------------------------
+
+
+def build(arch: str, config: MagicVideoConfig) -> UNet3D:
+    """The network of --arch; with config.keys its entry takes the three times as many channels of reveal."""
+    network = {"unet3d": UNet3D, "magicvideo": MagicVideo}[arch](config)
+    if config.keys:
+        network.entry = nn.Conv2d(3 * network.entry.in_channels, network.entry.out_channels, 3, padding=1)
+    return network
+
+
+def between(network: Callable, keys: Tensor, config: DiffusionConfig) -> Callable:
+    """The network's call when it is shown the first and last frame of the clips keys (B, C, F, H, W).
+
+    What it says of these two is exact, so that they have no loss and a sampler leaves them as they are.
+    """
+    def shown(z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
+        known = ends(z.shape[2], num_images).to(z.device)
+        exact = target(keys, logsnr, eps_from_x(z, logsnr, keys), config)
+        return torch.where(known, exact, network(reveal(z, keys, num_images), logsnr, cond, num_images))
+    return shown
+
+
+def ends(frames: int, num_images: int = 0) -> Tensor:
+    """Which frames are a clip's first and last, (frames, 1, 1); its image frames come after these."""
+    frame = torch.arange(frames)[:, None, None]
+    return (frame == 0) | (frame == frames - num_images - 1)
+
+
+def reveal(z: Tensor, x: Tensor, num_images: int = 0) -> Tensor:
+    """What the network sees, (B, 3 C, F, H, W): z, its first and last frame clean, and in further channels of
+    every frame but the images these two frames of x, since a directed network sees no later one.
+    """
+    last = z.shape[2] - num_images - 1
+    keys = torch.cat([x[:, :, :1], x[:, :, last : last + 1]], 1).expand(-1, -1, last + 1, -1, -1)
+    keys = nnf.pad(keys, (0, 0, 0, 0, 0, num_images))
+    return torch.cat([torch.where(ends(z.shape[2], num_images).to(z.device), x, z), keys], 1)

@@ -17,13 +17,16 @@ from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
 import config
-from autoencoder import Autoencoder, AutoencoderConfig, frozen
+import magicvideo
+from autoencoder import Autoencoder, AutoencoderConfig, frozen, in_latents
 from data import DataConfig, batches
 from diffusion import DiffusionConfig
 from machine import find_device
-from magicvideo import NETWORKS
+from magicvideo import MagicVideoConfig
 from text import TextConfig
-from unet3d import UNetConfig
+
+
+FIRST = "dataset data_dir preset size frames batch_size steps lr out resume".split()  # in --help
 
 
 @dataclass
@@ -62,12 +65,17 @@ class TrainConfig:
 class Settings:
     """All settings of a run; stored in its checkpoints as one flat dictionary, which sample.py reads back."""
     data: DataConfig
-    unet: UNetConfig
+    unet: MagicVideoConfig  # frames as the data have them; network is what is built
     diffusion: DiffusionConfig
     text: TextConfig
     autoencoder: AutoencoderConfig
     train: TrainConfig
     resumed: dict[str, Any] = field(default_factory=dict)  # flat settings of the run resumed, if one is
+
+    @property
+    def network(self) -> MagicVideoConfig:
+        """The architecture: unet, or with --latent the same for latents."""
+        return in_latents(self.unet, self.autoencoder) if self.train.latent else self.unet
 
     def flat(self) -> dict[str, Any]:
         """All fields of all parts in one dictionary; a name that parts share has one value."""
@@ -94,7 +102,7 @@ def settings(argv: list[str] | None = None) -> Settings:
     """The settings: flags given by hand, else the run's that is resumed or whose latents are diffused, else
     the preset's for the hardware. Bad ones end the program with one sentence.
     """
-    parts = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
+    parts = (DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
     resumed = {}
 
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -112,16 +120,16 @@ def settings(argv: list[str] | None = None) -> Settings:
         resumed.update(Settings(*config.rebuild(content["settings"], *parts)).flat())
         return resumed | {"out": given["resume"]}
 
-    s = Settings(*config.parse(*parts, argv=argv, defaults=defaults), resumed)
-    if s.train.arch == "autoencoder" and s.data.size % s.autoencoder.factor:
-        raise ValueError(f"--size {s.data.size} is not divisible by --factor {s.autoencoder.factor}")
+    s = Settings(*config.parse(*parts, argv=argv, first=FIRST, defaults=defaults), resumed)
+    if s.train.arch == "autoencoder":
+        in_latents(s.unet, s.autoencoder)
+    else:
+        s.network.heights()
     if s.train.arch == "autoencoder" and (s.train.latent or s.train.dry_run or s.unet.keys):
         raise ValueError("--latent, --keys and --dry_run are for networks that diffuse, not for --arch "
                          "autoencoder")
     if s.train.latent and s.diffusion.prediction == "eps":
         raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
-    if s.unet.latent_factor != (s.autoencoder.factor if s.train.latent else 1) and not s.train.dry_run:
-        raise ValueError("--latent_factor follows from the autoencoder, which --latent names")
     return s
 
 
@@ -142,20 +150,19 @@ def start_of(init: str | None, latent: str | None) -> dict[str, Any]:
     found = []
     if init:
         stored = load_weights("init", init, False)["settings"]
-        found += config.rebuild(stored, UNetConfig, DiffusionConfig, TextConfig)
+        found += config.rebuild(stored, MagicVideoConfig, DiffusionConfig, TextConfig)
     if latent:
         found += config.rebuild(load_weights("latent", latent, True)["settings"], AutoencoderConfig)
     taken = {name: value for part in found for name, value in vars(part).items()
              if name not in ("dropout", "checkpointing")}
-    taken |= {"arch": config.rebuild(stored, TrainConfig)[0].arch} if init else {}
-    return taken | ({"latent_factor": taken["factor"]} if latent else {})
+    return taken | ({"arch": config.rebuild(stored, TrainConfig)[0].arch} if init else {})
 
 
 def build(s: Settings, device: torch.device) -> State:
     """Network, averaged network and Adam, at step 0 or where --resume left them."""
     torch.manual_seed(s.train.seed)
     coder = s.train.arch == "autoencoder"
-    model = Autoencoder(s.autoencoder) if coder else NETWORKS[s.train.arch](s.unet)
+    model = Autoencoder(s.autoencoder) if coder else magicvideo.build(s.train.arch, s.network)
     if s.train.init and not s.train.resume:
         begin(model, s)
     model = model.to(device, memory_format=torch.channels_last)
@@ -213,6 +220,7 @@ def save(state: State, s: Settings) -> None:
         "settings": s.flat(), "step": state.step,
         "model": state.model.state_dict(), "ema": checkpoint.plain_keys(state.ema.state_dict()),
         "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict(),
+        "sampling": config.SAMPLING[s.train.preset],
         **({"autoencoder": state.autoencoder.state_dict()} if state.autoencoder else {})})
     for old in sorted(folder.glob("checkpoint_*.pt"))[:-s.train.keep]:
         old.unlink()

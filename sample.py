@@ -5,6 +5,9 @@ a Given, which infill.py answers.
 """
 import dataclasses
 import itertools
+import json
+import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from infill import Given, Model, SampleConfig, fill, load_model, nothing, overla
 from machine import start
 from magicvideo import MagicVideo
 
-SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
+FIRST = "mode checkpoint text w num seed steps w_r input out".split()  # in --help
 
 # ---- the modes: what is given ----------------------------------------------------------------------------
 
@@ -32,12 +35,16 @@ def generate(model: Model, s: SampleConfig) -> Given:
 
 def predict(model: Model, s: SampleConfig) -> Given:
     """The first --overlap frames (Eq. 7)."""
-    k = overlap(model, s)
-    return show(generate(model, s), slice(0, k), source(model, s, k))
+    k = steered(model, s)
+    if not 0 < k < (frames := s.frames or model.network.config.frames):
+        raise ValueError(f"--mode predict draws what follows {k} of {frames} frames: give other --frames or "
+                         "--overlap, or a model of two frames or more")
+    return show(nothing(model, s, frames), slice(0, k), source(model, s, k))
 
 
 def extend(model: Model, s: SampleConfig) -> Given:
     """Nothing, or the whole --input; four times the model's length is drawn block after block (Table 6)."""
+    steered(model, s)
     given = nothing(model, s, s.frames or 4 * model.network.config.frames)
     if not s.input:
         return given
@@ -45,6 +52,15 @@ def extend(model: Model, s: SampleConfig) -> Given:
     if x.shape[2] >= len(given.known):
         raise ValueError(f"--input {s.input} has {x.shape[2]} frames already; --frames must be more")
     return show(given, slice(0, x.shape[2]), x)
+
+
+def steered(model: Model, s: SampleConfig) -> int:
+    """The frames that predict is given and blocks share; ValueError if --w_r cannot steer those after them."""
+    directed = isinstance(model.network, MagicVideo) and model.network.config.mask == "before"
+    if s.w_r and s.method == "reconstruction" and directed:
+        raise ValueError(f"--w_r steers no frame that --mode {s.mode} draws with this network: give --method "
+                         "replacement")
+    return overlap(model, s)
 
 
 def interpolate(model: Model, s: SampleConfig) -> Given:
@@ -56,37 +72,48 @@ def interpolate(model: Model, s: SampleConfig) -> Given:
 def super_resolve(model: Model, s: SampleConfig) -> Given:
     """All frames, --scale times smaller (Eq. 8)."""
     x = source(model, s, s.frames or (0 if s.input else model.network.config.frames))
-    return show_small(nothing(model, s, x.shape[2]), 1, smaller(x, s.scale))
+    return show_small(nothing(model, s, x.shape[2]), 1, small(model, s, x))
 
 
 def cascade(model: Model, s: SampleConfig) -> Given:
     """Every --stride-th frame, --scale times smaller: both observations at once (figure 2)."""
     if not s.base:
         x, frames = slow_clip(model, s)
-        return show_small(nothing(model, s, frames), s.stride, smaller(x, s.scale))
+        return show_small(nothing(model, s, frames), s.stride, small(model, s, x))
     x = drawn_by_base(model, s, s.scale, (s.frames - 1) // s.stride + 1)
     return show_small(nothing(model, s, s.frames or (x.shape[2] - 1) * s.stride + 1), s.stride, x)
 
 
+def small(model: Model, s: SampleConfig, x: Tensor) -> Tensor:
+    """x made --scale times smaller. Raises ValueError if that cannot be, or latents are drawn."""
+    if model.autoencoder:
+        raise ValueError(f"--mode {s.mode} is given small frames, and this model draws latents")
+    if x.shape[-1] % s.scale:
+        raise ValueError(f"--scale {s.scale} does not divide the model's {x.shape[-1]} pixels")
+    return smaller(x, s.scale)
+
+
 def drawn_by_base(model: Model, s: SampleConfig, scale: int, frames: int) -> Tensor:
     """The clips that --base draws of as many frames (0: its own length), scale times smaller than model's."""
-    base, _ = load_model(find(s.base), model.device)
+    base = load_model(find(s.base), model.device)
     if s.mode == "key_frames":
         step = (model.network.config.frames - 1) * min(model.data.frame_stride)
         if step not in (strides := base.data.frame_stride) or len(strides) > 1 and not s.text:
             raise ValueError(f"--base must know --frame_stride {step}, and if it knows others too, --text")
-        s = dataclasses.replace(s, fps=8 / step * (len(strides) > 1))
-    check(base, dataclasses.replace(s, mode="generate", base="", input=""))
-    small, large = base.data, model.data
-    if (small.size * scale, small.channels) != (large.size, large.channels):
-        raise ValueError(f"--base draws frames of {small.channels} x {small.size} px, but "
-                         f"{large.channels} x {large.size // scale} px are needed")
+        s = dataclasses.replace(s, mode="generate", base="", fps=8 / step * (len(strides) > 1))
+    expect(base, s := dataclasses.replace(s, mode="generate", base=""))
+    given, needed = base.data, model.data
+    if (given.size * scale, given.channels) != (needed.size, needed.channels):
+        raise ValueError(f"--base draws frames of {given.channels} x {given.size} px, but "
+                         f"{needed.channels} x {needed.size // scale} px are needed")
     return fill(base, s, nothing(base, s, frames or base.network.config.frames))
 
 
 def key_frames(model: Model, s: SampleConfig) -> Given:
     """The gaps between neighbouring key frames (MagicVideo), which --base draws or a slow clip has."""
     gap = model.network.config.frames - 1
+    if s.frames and (s.frames - 1) % gap:
+        raise ValueError(f"--frames {s.frames} must be 1 more than a multiple of {gap}, the way from key to key")
     if s.base:
         x = drawn_by_base(model, s, 1, s.frames and (s.frames - 1) // gap + 1)
         return gaps(model, s, inside(model, x))
@@ -138,74 +165,72 @@ def inside(model: Model, x: Tensor) -> Tensor:
 # ---- the program -----------------------------------------------------------------------------------------
 
 
-def find(path: str) -> Path:
+MODES = {mode.__name__: mode for mode in (
+    generate, predict, extend, interpolate, super_resolve, cascade, key_frames)}
+
+
+def find(path: str, keys: bool = False) -> Path:
     """The checkpoint that a file, a run's folder or "" means: the newest run's, else pretrained/'s first."""
     if path:
         return checkpoint.newest(Path(path)) if Path(path).is_dir() else Path(path)
-    shipped = sorted((Path(__file__).parent / "pretrained").glob("moving_mnist*.pt"))
-    runs = [folder for folder in Path("runs").glob("*") if any(folder.glob("checkpoint_*.pt"))]
+    weights = "interpolate*.pt" if keys else "moving_mnist*.pt"
+    shipped = sorted((Path(__file__).parent / "pretrained").glob(weights))
+    runs = [folder for folder in Path("runs").glob("*") if draws(folder, keys)]
     if not runs and not shipped:
         raise ValueError("there is no checkpoint in runs/ or pretrained/; train one with "
                          "python train.py --dataset moving_mnist, or name one with --checkpoint")
     return checkpoint.newest(*runs) if runs else shipped[0]
 
 
-def check(model: Model, s: SampleConfig) -> None:
-    """Raises ValueError, in one sentence, for settings that do not fit the model or each other."""
-    length, size, k = model.network.config.frames, model.network.config.size, overlap(model, s)
-    small, strides = s.mode in SMALL, model.data.frame_stride
-    wrong = {
-        f"--overlap {k} must be less than the model's {length} frames": k >= length,
-        f"--frames {s.frames} must be more than --overlap {k}": s.mode == "predict" and 0 < s.frames <= k,
-        "--text needs a model trained with captions, and this one is unconditional":
-            s.text and not model.text.cond_dim and not (s.mode == "key_frames" and s.base),
-        "--mode key_frames needs a model trained with --keys, and a model trained so knows no other mode":
-            (s.mode == "key_frames") != model.network.config.keys,
-        "--fps is said after a caption: it needs --text": s.fps and not s.text,
-        "--fps needs a model trained with several --frame_stride, and key frames have their own speed":
-            s.fps and (s.mode == "key_frames" or len(strides) == 1 and model.data.dataset != "video_folder"),
-        f"--w_r steers no frame that --mode {s.mode} draws with this network: give --method replacement":
-            s.w_r and s.method == "reconstruction" and s.mode in ("predict", "extend")
-            and isinstance(model.network, MagicVideo) and model.network.config.mask == "before",
-        "--method and --w_r steer towards given frames, and a model trained with --keys sees them":
-            s.mode == "key_frames" and (s.method == "replacement" or s.w_r),
-        f"--frames {s.frames} must be 1 more than a multiple of {length - 1}, the way from key to key":
-            s.mode == "key_frames" and s.frames and (s.frames - 1) % (length - 1),
-        "--w guides towards a caption: it needs --text and a model trained with captions": s.w and not s.text,
-        f"--delta and --gamma belong to --sampler ancestral, not {s.sampler}":
-            (s.delta or s.gamma) and s.sampler != "ancestral",
-        f"--scale {s.scale} does not divide the model's {size} pixels": small and size % s.scale,
-        f"--method replacement replaces whole frames, and --mode {s.mode} is given small ones":
-            s.method == "replacement" and small,
-        f"--mode predict needs a model of two frames or more, and this one has {length}":
-            s.mode == "predict" and k == 0,
-        f"--mode {s.mode} is given small frames, and this model draws latents": small and model.autoencoder,
-        f"--base belongs to --mode cascade and key_frames, not {s.mode}":
-            s.base and s.mode not in ("cascade", "key_frames"),
-        "--input is for modes that are given frames: not generate, nor with --base":
-            s.input and (s.mode == "generate" or s.base),
-    }
-    for sentence, holds in wrong.items():
-        if holds:
-            raise ValueError(sentence)
+def draws(run: Path, keys: bool) -> bool:
+    """Whether a run's folder has a checkpoint that can draw, between key frames or without them."""
+    try:
+        made = json.loads((run / "config.json").read_text())
+        kind = made["arch"] != "autoencoder" and made["keys"] == keys
+    except (OSError, ValueError, TypeError, KeyError):
+        kind = not keys
+    return kind and any(run.glob("checkpoint_*.pt"))
+
+
+def expect(model: Model, s: SampleConfig) -> None:
+    """Raises ValueError if the model is not of the kind that --mode needs."""
+    if (s.mode == "key_frames") != model.network.config.keys:
+        raise ValueError("--mode key_frames needs a model trained with --keys, and a model trained so knows no "
+                         "other mode")
+
+
+TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"), ("method", "w_r"),
+            ("overlap",), ("num",), ("frames",))
+
+
+def carried(sampling: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What the model's maker chose for the mode (config.SAMPLING), but where flags given by hand say another.
+
+    What belongs together is taken together or not at all; but --steps alone leaves the sampler as it is.
+    """
+    mode = given.get("mode", "generate")
+    chosen = sampling.get("all", {}) | sampling.get(mode, {})
+    free = {name for group in TOGETHER if not set(group) & (set(given) - {"steps"}) for name in group}
+    return {name: value for name, value in chosen.items() if name in free and name not in given}
 
 
 def main() -> None:
     """Loads, draws, writes."""
-    s, = config.parse(SampleConfig)
-    machine, path = start(s.device, s.precision, s.threads), find(s.checkpoint)
-    model, trained = load_model(path, machine.device)
-    s, = config.parse(SampleConfig, defaults=lambda given: (
-        for_digits(model, trained, given) | papers_numbers(trained.get("preset"), given)))
-    check(model, s)
-    print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px")
-    mode = {"generate": generate, "predict": predict, "extend": extend, "interpolate": interpolate,
-            "super_resolve": super_resolve, "cascade": cascade, "key_frames": key_frames}[s.mode]
+    typed, = config.parse(SampleConfig, first=FIRST)
+    machine = start(typed.device, typed.precision, typed.threads)
+    model = load_model(path := find(typed.checkpoint, typed.mode == "key_frames"), machine.device)
+    s, = config.parse(SampleConfig, first=FIRST, defaults=partial(carried, model.sampling))
+    expect(model, s)
+    taken = [f"--{name} {shlex.quote(str(value))}" for name, value in vars(s).items()
+             if value != getattr(typed, name)]
+    print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px"
+          + f"; chosen with it: {' '.join(taken)}" * bool(taken))
     with machine.autocast():
-        given = mode(model, s)
+        given = MODES[s.mode](model, s)
         Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
-        if s.base:  # which drew with this seed already
-            s.seed += 1
+        if s.base:  # which drew with this seed already, and what the text says
+            silent = {} if model.text.cond_dim else {"text": "", "w": 0.0}
+            s = dataclasses.replace(s, seed=s.seed + 1, **silent)
         video = fill(model, s, given)
     marks = given.known if given.low is None else given.known | given.low_known
     if s.mode == "key_frames":
@@ -213,35 +238,6 @@ def main() -> None:
         marks = torch.arange(video.shape[2]) % (len(marks) - 1) == 0
     for written in save_video(video, free_name(Path(s.out), s.mode), known=marks):
         print(written)
-
-
-def for_digits(model: Model, trained: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What we chose for our presets' models of moving digits, where nothing else is said: dpm_solver to
-    generate, else the corrector; replacement to extend; digits for captions, with --w 3, where nothing is
-    given and training showed such captions.
-    """
-    if trained.get("dataset") != "moving_mnist" or trained.get("preset") not in ("cpu", "cpu_wide", "cuda"):
-        return {}
-    mode, chosen = given.get("mode", "generate"), {}
-    free = mode in ("generate", "extend") and "input" not in given
-    if not {"sampler", "gamma", "delta"} & set(given):
-        chosen = dict(steps=32, delta=0.1) if mode != "generate" else dict(sampler="dpm_solver", steps=25)
-    if mode == "extend" and "w_r" not in given:
-        chosen |= {"method": "replacement"}
-    known = model.text.cond_dim and model.data.short_captions
-    if not free or not known or {"text", "w", "fps"} & set(given):
-        return chosen
-    texts = [" and ".join(f"a {(first + 3 * k) % 10}" for k in range(model.data.digits))
-             for first in range(10)]
-    return chosen | {"text": "|".join(texts), "w": 3.0}
-
-
-def papers_numbers(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The paper's flags for a preset: its sampler's unless another is given, w_r where frames are whole."""
-    drop = {"w_r"} if given.get("mode") in SMALL else set()
-    if given.get("sampler", "ancestral") != "ancestral":
-        drop |= {"sampler", "steps", "gamma", "delta"}
-    return {name: value for name, value in config.SAMPLING.get(preset, {}).items() if name not in drop}
 
 
 def free_name(folder: Path, mode: str) -> Path:

@@ -13,7 +13,7 @@ import infill
 import sample
 import run
 import train
-from autoencoder import Autoencoder, AutoencoderConfig, kl
+from autoencoder import Autoencoder, AutoencoderConfig, in_latents, kl
 from data import DataConfig, batches
 from machine import Machine
 from test_train import fitted
@@ -160,20 +160,23 @@ def test_a_stopped_autoencoder_goes_on_as_if_it_had_not_been(coder, tmp_path):
 
 
 def test_the_network_takes_channels_and_size_of_the_latents():
-    model = UNet3D(UNetConfig(size=32, channels=3, latent_factor=4, latent_channels=5, dim=8,
-                              dim_mults=(1, 2), attention_resolutions=(8,)))
+    coder = AutoencoderConfig(factor=4, latent_channels=5)
+    model = UNet3D(in_latents(UNetConfig(size=32, channels=3, dim=8, dim_mults=(1, 2),
+                                         attention_resolutions=(8,)), coder))
     assert (model.config.size, model.config.channels) == (8, 5)
     assert model(noise(1, 5, 2, 8, 8), torch.tensor(0.0)).shape == (1, 5, 2, 8, 8)
     assert len(model.down[0][0].attention) == 2 and len(model.down[1][0].attention) == 0
-    with pytest.raises(ValueError, match="^--size 20 is not divisible by 8"):
-        UNetConfig(size=20, latent_factor=4, dim_mults=(1, 2))
+    with pytest.raises(ValueError, match="^--size 18 is not divisible by --factor 4"):
+        in_latents(UNetConfig(size=18), coder)
+    with pytest.raises(ValueError, match="^frames of 5 px are not divisible by 2"):
+        in_latents(UNetConfig(size=20, dim_mults=(1, 2)), coder).heights()
 
 
 def test_what_is_diffused_are_scaled_latents_of_clean_frames(coder, monkeypatch):
     s, seen = train.settings([*LATENT, str(coder)]), []
     built = train.build(s, CPU.device)
     x, _ = next(batches(s.data, 2, 0))
-    monkeypatch.setattr(train, "loss", lambda network, z, *rest, keys: seen.append(z) or z.mean(0) * 0)
+    monkeypatch.setattr(train, "loss", lambda network, z, *rest: seen.append(z) or z.mean(0) * 0)
     stream = train.clean(iter([(x, [["a"], ["b"]])]), built, CPU)
     train.micro_batch_loss(built.model, next(stream), 0, s, CPU)
     expected = built.autoencoder.encode(x)[0] * built.autoencoder.scale
@@ -210,13 +213,13 @@ def test_a_checkpoint_carries_its_autoencoder_and_is_drawn_from(flags, latent, c
 
 def test_given_frames_are_given_as_their_latents(latent, tmp_path, monkeypatch):
     x = drawn(monkeypatch, latent, tmp_path, *"--mode predict --overlap 2".split())
-    model, _ = infill.load_model(checkpoint.newest(latent), CPU.device)
+    model = infill.load_model(checkpoint.newest(latent), CPU.device)
     given = next(batches(DataConfig(size=16, frames=2, digits=1, split="test"), 1, 0))[0]
     assert torch.allclose(x[:, :, :2], model.autoencoder.video(model.autoencoder.latents(given)), atol=1e-3)
 
 
 def test_latents_are_not_clipped(latent, monkeypatch):
-    model, _ = infill.load_model(checkpoint.newest(latent), CPU.device)
+    model = infill.load_model(checkpoint.newest(latent), CPU.device)
     given = infill.nothing(model, infill.SampleConfig(num=1), 4)
     far = infill.draw(lambda z, logsnr: torch.full_like(z, 3.0), given, model,
                       infill.SampleConfig(num=1, steps=2), torch.Generator().manual_seed(0))
@@ -236,7 +239,8 @@ def test_a_run_in_latents_goes_on_without_the_autoencoders_file(latent, coder, t
 
 def test_what_is_published_holds_the_autoencoder(latent, tmp_path):
     checkpoint.publish(latent, tmp_path / "small.pt")
-    model, settings = infill.load_model(tmp_path / "small.pt", CPU.device)
+    model = infill.load_model(tmp_path / "small.pt", CPU.device)
+    settings = checkpoint.load(tmp_path / "small.pt")["settings"]
     assert isinstance(model.autoencoder, nn.Module) and settings["latent"] == ""
 
 
@@ -270,10 +274,10 @@ def test_small_frames_are_refused_for_latents(latent, tmp_path, monkeypatch, cap
 def test_an_autoencoder_alone_draws_nothing(coder, tmp_path, monkeypatch, capsys: CaptureFixture):
     with pytest.raises(SystemExit):
         drawn(monkeypatch, coder, tmp_path)
-    assert "holds no model" in capsys.readouterr().err
+    assert "an autoencoder draws nothing, python train.py --latent" in capsys.readouterr().err
 
 
 def test_the_settings_of_an_autoencoder_become_those_of_the_run(coder):
     taken = run.start_of(None, str(coder))
     assert taken == {"channels": 1, "factor": 4, "latent_channels": 4, "width": 8, "kl_weight": 1e-4,
-                     "video_decoder": False, "latent_factor": 4}
+                     "video_decoder": False}

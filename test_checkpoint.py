@@ -1,5 +1,5 @@
 """Checkpoints come back as they were written, or as one sentence, whatever happened to the file between."""
-import copy
+import hashlib
 import os
 import pickle
 import random
@@ -89,18 +89,11 @@ def test_a_path_may_be_a_string(tmp_path):
     assert equal(checkpoint.load(str(tmp_path / "x.pt")), CONTENT)
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: c["model"]["weight"].__setitem__((0, 0), 1e-30), lambda c: c.update(step=4),
-    lambda c: c["model"].update(bias=torch.tensor([1.5])),
-    lambda c: c["model"].update(bias=torch.tensor(1.5).double()),
-    lambda c: c["settings"].update(lr=2e-3), lambda c: c["settings"].update(name="e"),
-    lambda c: c.update(more=0), lambda c: c["settings"].update(dim_mults=(1, 2, 2)),
-    lambda c: c["model"].update(weights=c["model"].pop("weight"))])
-def test_the_checksum_sees_every_change(change):
-    other = copy.deepcopy(CONTENT)
-    assert checkpoint.checksum(other) == checkpoint.checksum(CONTENT)
-    change(other)
-    assert checkpoint.checksum(other) != checkpoint.checksum(CONTENT)
+def test_the_checksum_is_that_of_the_file_and_tells_contents_apart(tmp_path):
+    checkpoint.save(tmp_path / "x.pt", CONTENT)
+    checkpoint.save(tmp_path / "y.pt", CONTENT | {"step": 4})
+    one, other = (checkpoint.checksum(tmp_path / name) for name in ("x.pt", "y.pt"))
+    assert one == hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest() != other
 
 
 # ---- written whole or not at all ---------------------------------------------------------------------------
@@ -190,13 +183,11 @@ def test_a_changed_weight_is_caught_by_the_checksum(saved):
     weight = CONTENT["model"]["weight"].numpy().tobytes()
     assert whole.count(weight) == 1
     saved.write_bytes(whole.replace(weight, weight[:-1] + b"\x41"))
-    with pytest.raises(ValueError, match="is damaged: its content does not match its checksum$"):
+    with pytest.raises(ValueError, match="or it is damaged$"):
         checkpoint.load(saved)
 
 
-@pytest.mark.parametrize("stored", [{"content": {"step": 1}}, {"sha256": "0"},
-                                    {"content": {"step": 1}, "sha256": "0"}, [1, 2], torch.ones(3), "text",
-                                    None, 3, {"content": None, "sha256": None}])
+@pytest.mark.parametrize("stored", [[1, 2], torch.ones(3), "text", None, 3, {"content": None}])
 def test_a_file_by_torch_save_that_is_no_checkpoint_is_one_sentence(stored, tmp_path):
     torch.save(stored, tmp_path / "x.pt")
     assert refused(tmp_path / "x.pt")

@@ -15,11 +15,13 @@ import config
 import cost
 import infill
 import sample
+import test_unet3d
 import train
 from data import DataConfig, batches
 from machine import Machine
-from magicvideo import NETWORKS, Adaptor, CrossAttention, DirectedMix, MagicBlock, MagicVideo, SpeedEmbedding
-from test_unet3d import IMAGES, VIDEO, attend_by_loops, changed, close, inputs, noise, nothing, small, wild
+from magicvideo import (Adaptor, CrossAttention, DirectedMix, MagicBlock, MagicVideo, MagicVideoConfig,
+                        SpeedEmbedding, build)
+from test_unet3d import IMAGES, VIDEO, attend_by_loops, changed, close, inputs, noise, nothing, wild
 from text import TextConfig, embed
 from unet3d import Attention, SpatialMix, UNet3D, isolate
 
@@ -28,6 +30,7 @@ TINY = ("--arch magicvideo --preset cpu --device cpu --precision float32 --datas
         "--frames 4 --num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 12 --batch_size 2 "
         "--steps 2 --warmup 0 --lr 0.01").split()
+small = functools.partial(test_unet3d.small, MagicVideoConfig)
 
 
 def network(**changes) -> MagicVideo:
@@ -190,7 +193,7 @@ def test_magicvideo_is_the_unet_with_another_block_and_another_embedding():
     assert shapes[0] == shapes[1] and len(shapes[0]) > 50
     assert sum(isinstance(m, Attention) for m in vdm.modules()) == sum(isinstance(m, Attention)
                                                                       for m in magic.modules())
-    assert NETWORKS == {"unet3d": UNet3D, "magicvideo": MagicVideo}
+    assert [type(build(arch, small())) for arch in ("unet3d", "magicvideo")] == [UNet3D, MagicVideo]
 
 
 def test_a_fresh_network_returns_zeros_and_a_fresh_block_changes_nothing():
@@ -373,7 +376,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_trains_saves_and_is_drawn_from(run, tmp_path, monkeypatch):
-    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
+    model = infill.load_model(checkpoint.newest(run), CPU.device)
     assert type(model.network) is MagicVideo and model.data.frame_stride == (1, 2)
     flags = ["--checkpoint", run, "--mode", "extend", "--frames", 6, "--out", tmp_path,
              "--text", "a 3 moving up",
@@ -392,26 +395,27 @@ def test_a_run_of_two_steps_moves_weights_and_adaptors(run):
 
 
 def test_a_speed_is_said_after_each_caption():
-    s = infill.SampleConfig(text="a 3|a 7", num=3, fps=4)
-    assert infill.captions(s) == ["a 3 at 4 fps", "a 7 at 4 fps", "a 3 at 4 fps"]
+    s = infill.SampleConfig(text="a 3|a 7", num=3)
+    assert infill.captions(s, 4) == ["a 3 at 4 fps", "a 7 at 4 fps", "a 3 at 4 fps"]
     assert infill.captions(infill.SampleConfig(text="a 3", num=1)) == ["a 3"]
 
 
 @pytest.mark.parametrize("flags, expected", [
     ({}, "a 3 at 8 fps"), ({"fps": 4.0}, "a 3 at 4 fps"), ({"text": "a 3 at 2 fps"}, "a 3 at 2 fps")])
 def test_where_training_said_every_speed_one_is_said_in_any_case(flags, expected, run, monkeypatch):
-    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
+    model = infill.load_model(checkpoint.newest(run), CPU.device)
     heard, embed = [], infill.embed
     monkeypatch.setattr(infill, "embed", lambda texts, text: heard.append(texts) or embed(texts, text))
-    infill.text_guided(model, infill.SampleConfig(**{"text": "a 3", "num": 1} | flags))
+    s = infill.SampleConfig(**{"text": "a 3", "num": 1} | flags)
+    infill.text_guided(model, s, infill.nothing(model, s, 4))
     alone = dataclasses.replace(model, data=dataclasses.replace(model.data, frame_stride=(1,)))
-    infill.text_guided(alone, infill.SampleConfig(text="a 3", num=1))
+    infill.text_guided(alone, s := infill.SampleConfig(text="a 3", num=1), infill.nothing(model, s, 4))
     assert heard == [[expected], ["a 3"]]
 
 
 def test_given_frames_have_the_speed_that_is_asked_for(run):
-    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
-    slow, fast = (sample.source(model, infill.SampleConfig(num=2, fps=fps), 4) for fps in (8.0, 4.0))
+    model = infill.load_model(checkpoint.newest(run), CPU.device)
+    slow, fast = (sample.source(model, infill.SampleConfig(num=2, text="a 3", fps=fps), 4) for fps in (8.0, 4.0))
     assert torch.equal(slow[:, :, ::2], fast[:, :, :2])
 
 
@@ -421,11 +425,12 @@ def test_reconstruction_cannot_reach_frames_that_no_given_one_sees_and_says_so(r
     with pytest.raises(SystemExit):
         config.run(sample.main)
     assert "--w_r steers no frame that --mode predict draws" in capsys.readouterr().err
-    model, _ = infill.load_model(checkpoint.newest(run), CPU.device)
-    sample.check(model, infill.SampleConfig(mode="predict", w_r=5.0, method="replacement"))  # as it says
+    model = infill.load_model(checkpoint.newest(run), CPU.device)
+    sample.predict(model, infill.SampleConfig(mode="predict", w_r=5.0, method="replacement"))  # as it says
     for parameter in model.network.parameters():
         parameter.data += 0.05 * noise(*parameter.shape)
-    given = sample.predict(model, s := infill.SampleConfig(num=1, steps=2, w_r=5.0))
+    s, replaced = infill.SampleConfig(num=1, steps=2, w_r=5.0), infill.SampleConfig(num=1)
+    given = sample.predict(model, replaced)
     drawn = [infill.fill(model, dataclasses.replace(s, method=method), given)
              for method in ("reconstruction", "replacement")]
     assert torch.equal(*drawn) and not torch.equal(drawn[0][:, :, -1], torch.zeros(1, 1, 16, 16))
@@ -444,15 +449,15 @@ def test_a_checkpoint_from_before_the_setting_is_vdms(run, tmp_path):
     content = {"settings": s.flat() | {"frame_stride": 2}, "ema": UNet3D(s.unet).state_dict()}
     del content["settings"]["arch"], content["settings"]["mask"]
     checkpoint.save(tmp_path / "old.pt", content)
-    model, _ = infill.load_model(tmp_path / "old.pt", CPU.device)
+    model = infill.load_model(tmp_path / "old.pt", CPU.device)
     assert type(model.network) is UNet3D and model.data.frame_stride == (2,)
 
 
 def test_the_cost_of_either_network_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(cost, "table_row", lambda name, parameters, *rest: parameters)
     counted = []
-    for arch, network in NETWORKS.items():
+    for arch in ("unet3d", "magicvideo"):
         monkeypatch.setattr("sys.argv", ["train.py", *TINY, "--arch", arch, "--dry_run"])
         train.main()
-        counted.append(int(capsys.readouterr().out) - cost.count(network(train.settings(TINY).unet)))
+        counted.append(int(capsys.readouterr().out) - cost.count(build(arch, train.settings(TINY).unet)))
     assert counted == [0, 0]

@@ -488,7 +488,7 @@ def test_several_captions_take_turns() -> None:
 
 
 def test_a_clip_is_drawn_from_its_own_caption(tiny: Path) -> None:
-    model, _ = load_model(checkpoint.newest(tiny), CPU.device)
+    model = load_model(checkpoint.newest(tiny), CPU.device)
     both, first = (fill(model, s, sample.generate(model, s)) for s in
                    (SampleConfig(text="a 3 moving up|a 7 moving down", num=2, steps=2),
                     SampleConfig(text="a 3 moving up", num=2, steps=2)))
@@ -499,11 +499,11 @@ def test_a_setting_that_is_younger_than_the_checkpoint_has_its_default(tiny: Pat
     content = checkpoint.load(checkpoint.newest(tiny))
     del content["settings"]["relative_positions"]
     checkpoint.save(tmp_path / "older.pt", content)
-    assert load_model(tmp_path / "older.pt", CPU.device)[0].network.config.relative_positions is True
+    assert load_model(tmp_path / "older.pt", CPU.device).network.config.relative_positions is True
 
 
 def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
-    model, _ = load_model(checkpoint.newest(tiny), CPU.device)
+    model = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
     plain, told, guided = (infill.text_guided(model, SampleConfig(num=1, text=text, w=w))(z, level)
                            for text, w in (("", 0.0), ("a four", 0.0), ("a four", 2.5)))
@@ -523,14 +523,14 @@ def test_what_is_drawn_is_clipped_after_guidance() -> None:
 def test_the_architecture_comes_from_the_checkpoint_never_from_flags(tiny: Path) -> None:
     flags, architecture = ({f.name for f in dataclasses.fields(c)} for c in (SampleConfig, UNetConfig))
     assert flags & architecture == {"frames"}  # of the result
-    model, trained = load_model(checkpoint.newest(tiny), CPU.device)
+    model = load_model(checkpoint.newest(tiny), CPU.device)
     assert model.network.config == UNetConfig(**{name: trained[name] for name in architecture})
     assert model.network.config.dim == 8 and model.network.config.size == model.data.size == 16
 
 
 def test_the_averaged_weights_are_drawn_from(tiny: Path) -> None:
     content = checkpoint.load(checkpoint.newest(tiny))
-    weights = load_model(checkpoint.newest(tiny), CPU.device)[0].network.state_dict()
+    weights = load_model(checkpoint.newest(tiny), CPU.device).network.state_dict()
     assert all(torch.equal(weights[name], content["ema"][name]) for name in weights)
     assert not all(torch.equal(weights[name], content["model"][name]) for name in weights)
 
@@ -593,7 +593,7 @@ def test_the_preset_of_a_model_says_how_to_sample_it_unless_told_otherwise(tmp_p
 
 
 def test_digits_are_named_where_nothing_is_said_and_nothing_given(tiny: Path) -> None:
-    model, settings = load_model(checkpoint.newest(tiny), torch.device("cpu"))
+    model = load_model(checkpoint.newest(tiny), torch.device("cpu"))
     trained = {"dataset": "moving_mnist", "preset": "cuda"}
     two = dataclasses.replace(model, data=dataclasses.replace(model.data, digits=2, short_captions=0.3))
     quick, given = {"sampler": "dpm_solver", "steps": 25}, {"steps": 32, "delta": 0.1}

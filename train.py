@@ -27,6 +27,7 @@ from data import batches
 from diffusion import denoiser, loss, noise_like, schedule
 from files import save_video
 from machine import Machine, start, stop_signals
+from magicvideo import between
 from sampling import dpm_solver
 from run import Settings, State, TrainConfig, build, forget_log, log, save, settings, write_whole
 from text import TextConfig, embed
@@ -49,13 +50,13 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     if s.train.arch == "autoencoder":
         with machine.autocast():
             return autoencoder.loss(network, x.to(machine.device), s.autoencoder, s.data.num_images)
-    cond = condition(captions, s.text)
+    cond, x = condition(captions, s.text), x.to(machine.device)
     if cond is not None:
         kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
         cond = (cond * kept[..., None, None]).to(machine.device)
+    call = between(network, x, s.diffusion) if s.unet.keys else network
     with machine.autocast():
-        return loss(network, x.to(machine.device), s.diffusion, cond, s.data.num_images,
-                    keys=s.unet.keys).mean()
+        return loss(call, x, s.diffusion, cond, s.data.num_images).mean()
 
 
 def condition(captions: list[list[str]], text: TextConfig) -> Tensor | None:
@@ -161,8 +162,9 @@ def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings, machin
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # always the same
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(machine.device)
     cond = None if cond is None else cond.to(machine.device)
-    keys = x.to(machine.device) if s.unet.keys else None
-    denoise = denoiser(state.ema.module, s.diffusion, cond, keys)
+    model = state.ema.module
+    model = between(model, x.to(machine.device), s.diffusion) if s.unet.keys else model
+    denoise = denoiser(model, s.diffusion, cond)
     if state.autoencoder:  # latents have no bounds
         return state.autoencoder.video(dpm_solver(denoise, z, logsnrs))
     return dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
@@ -221,7 +223,7 @@ def main() -> None:
     """Trains, as the flags say."""
     s = settings()
     if s.train.dry_run:
-        parameters, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens,
+        parameters, flops = cost.step_cost(s.network, s.diffusion, s.data.num_images, s.text.tokens,
                                             s.train.arch)
         print(cost.table_row(s.train.preset, parameters, flops, s.train.batch_size * s.train.accumulate))
         return

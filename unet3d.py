@@ -7,8 +7,7 @@ the bottom up.
 """
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf
@@ -19,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class UNetConfig:
-    """The architecture. Raises ValueError if size does not fit the levels."""
-    channels: int = 1  # [1, 3] channels of a frame: 1 grey, 3 RGB
+    """The architecture of the U-Net (section 3)."""
+    channels: int = 1  # [1, 64] channels of a frame: 1 grey, 3 RGB
     frames: int = 16  # [1, 1024] frames of a training clip: the reach of the relative positions
     size: int = 64  # [8, 1024] height and width of a frame in pixels
     dim: int = 128  # [8, 4096] base channels
@@ -33,26 +32,21 @@ class UNetConfig:
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
     dropout: float = 0.0  # [0, 1) dropout in the residual blocks
     relative_positions: bool = True  # Shaw's tables in temporal attention; without them it knows no order
-    latent_factor: int = 1  # [1, 16] frames are so many times smaller inside an autoencoder; --latent sets it
-    latent_channels: int = 4  # [1, 64] channels of a latent
-    mask: Literal["before", "after"] = "before"  # magicvideo: directed attention masked around the softmax
-    keys: bool = False  # the first and the last frame are given: a network that interpolates (MagicVideo)
     patch: int = 1  # [1, 16] space-to-depth factor at the entry; 1 is the paper
     scale_shift: bool = False  # let the embedding scale and shift the norm instead of being added
     checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
 
-    def __post_init__(self):
-        if self.keys and self.frames < 3:
-            raise ValueError("--keys needs --frames 3 or more: the first and the last are given")
-        factor = self.latent_factor * self.patch * 2 ** (len(self.dim_mults) - 1)
+    def heights(self) -> list[int]:
+        """The height of each level's feature map. Raises ValueError if size does not fit the levels."""
+        factor = self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
-            raise ValueError(f"--size {self.size} is not divisible by {factor}, which follows from "
-                             "--dim_mults, --patch and --latent_factor")
-        height = self.size // self.latent_factor // self.patch
-        heights = [height // 2**level for level in range(len(self.dim_mults))]
+            raise ValueError(f"frames of {self.size} px are not divisible by {factor}, which follows from "
+                             "--dim_mults and --patch")
+        heights = [self.size // self.patch // 2**level for level in range(len(self.dim_mults))]
         if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
             given, there = str(self.attention_resolutions)[1:-1], str(heights)[1:-1]
             raise ValueError(f"--attention_resolutions {given} names none of the levels' heights, {there}")
+        return heights
 
 
 class Norm(nn.GroupNorm):
@@ -180,10 +174,10 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Condition and log-SNR as one vector (b, k, emb_dim).
+    """Condition and log-SNR as one vector for each frame, (b, frames, emb_dim).
 
-    log-SNR is (b, 1, 1, 1, 1) or 0-d, tokens are (b, k, l, cond_dim). Attention pooling of the tokens without
-    any bias, so that c = 0 and no condition are the same thing.
+    log-SNR is 0-d or (b, 1, 1 or frames, 1, 1), tokens are (b, k, l, cond_dim) for per_frame. Attention
+    pooling of the tokens without any bias, so that c = 0 and no condition are the same thing.
     """
     def __init__(self, config: UNetConfig, heads: int = 8):
         super().__init__()
@@ -200,11 +194,12 @@ class Embedding(nn.Module):
         p = scores.masked_fill(padding, -1e4).softmax(-1)  # finite: c = 0 is all padding
         return self.value(torch.einsum("b k n l, b k l d -> b k n d", p, tokens).flatten(2))
 
-    def forward(self, logsnr: Tensor, batch: int, tokens: Tensor | None) -> Tensor:
+    def forward(self, logsnr: Tensor, batch: int, frames: int, tokens: Tensor | None) -> Tensor:
         u = torch.atan(torch.exp(-logsnr.float() / 2)) / (math.pi / 2)  # in [0, 1]
-        angles = 1000 * u.reshape(-1, 1, 1) * torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
-        h = torch.cat([angles.sin(), angles.cos()], -1)[..., :self.emb_dim].expand(batch, 1, -1)
-        return self.mlp(h if tokens is None else h + self.pool(tokens))
+        u = u.flatten(1)[..., None] if u.dim() else u.view(1, 1, 1)  # b or 1, frames or 1, 1
+        angles = 1000 * u * torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
+        h = torch.cat([angles.sin(), angles.cos()], -1)[..., :self.emb_dim].expand(batch, frames, -1)
+        return self.mlp(h if tokens is None else h + per_frame(self.pool(tokens), frames))
 
 
 def isolate(frames: int, num_images: int, device: torch.device) -> Tensor:
@@ -221,24 +216,19 @@ def per_frame(y: Tensor, frames: int) -> Tensor:
 class UNet3D(nn.Module):
     """The network of section 3: (z, logsnr, cond, num_images) -> eps or v, shaped like z.
 
-    z: (B, C, F + num_images, H, W), with config.keys three times as many channels (diffusion.reveal); F may
-    differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1). cond: token embeddings (B, L, D), or (B, 1 +
-    num_images, L, D) with the clip's caption first and then one for each image frame; None is c = 0. block
-    and embedding are what another network exchanges, magicvideo.py.
+    z: (B, C, F + num_images, H, W); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1), or
+    (B, 1, F + num_images, 1, 1) where each frame has a noise level of its own. cond:
+    token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for
+    each image frame; None is c = 0. block and embedding are what another network exchanges, magicvideo.py.
     """
     def __init__(self, config: UNetConfig, block: type[nn.Module] = Block,
                  embedding: type[nn.Module] = Embedding):
         super().__init__()
-        if config.latent_factor > 1:  # its frames are latents, channels and size are theirs
-            config = replace(config, size=config.size // config.latent_factor, latent_factor=1,
-                             channels=config.latent_channels)
         self.config = config
         dims = [config.dim * mult for mult in config.dim_mults]
-        attends = [config.size // config.patch // 2**i in config.attention_resolutions
-                   for i in range(len(dims))]
+        attends = [height in config.attention_resolutions for height in config.heights()]
         self.embedding = embedding(config)
-        self.channels = config.channels * (3 if config.keys else 1)  # diffusion.reveal adds the key frames
-        self.entry = nn.Conv2d(self.channels * config.patch**2, dims[0], 3, padding=1)
+        self.entry = nn.Conv2d(config.channels * config.patch**2, dims[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(block(before if i == 0 else dim, dim, attend, config) for i in range(config.blocks))
             for before, dim, attend in zip(dims[:1] + dims, dims, attends))
@@ -253,10 +243,11 @@ class UNet3D(nn.Module):
 
     def forward(self, z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
         b, c, f, h, w = z.shape  # f counts the image frames too
-        assert (c, num_images < f) == (self.channels, True), (z.shape, self.channels, num_images)
+        p, inputs = self.config.patch, self.entry.in_channels
+        assert c * p**2 == inputs and num_images < f, (z.shape, inputs, num_images)
         assert cond is None or cond.dim() == 3 or cond.shape[1] in (1, 1 + num_images), (
             cond.shape, num_images)
-        p, context = self.config.patch, self.context(z, logsnr, cond, num_images)
+        context = self.context(z, logsnr, cond, num_images)
         x = rearrange(z.float(), "b c f (h p) (w q) -> (b f) (c p q) h w", p=p, q=p)  # space-to-depth
         x = self.u_net(x.contiguous(memory_format=torch.channels_last), *context)
         return rearrange(x.float(), "(b f) (c p q) h w -> b c f (h p) (w q)", b=b, p=p, q=p).to(z.dtype)
@@ -264,8 +255,8 @@ class UNet3D(nn.Module):
     def context(self, z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> tuple:
         """What every block hears beside x: the embedding of each frame, and which frame may see which."""
         tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
-        emb = self.embedding(logsnr, len(z), tokens)  # b k emb_dim, k = 1 or 1 + num_images
-        return nnf.silu(per_frame(emb, z.shape[2])), isolate(z.shape[2], num_images, z.device)
+        emb = self.embedding(logsnr, len(z), z.shape[2], tokens)  # b f emb_dim
+        return nnf.silu(emb), isolate(z.shape[2], num_images, z.device)
 
     def u_net(self, x: Tensor, *context) -> Tensor:
         x, skips = self.entry(x), []  # (b f) dim h w

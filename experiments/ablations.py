@@ -48,7 +48,7 @@ def positions(lab: Lab) -> dict[str, Arm]:
 
 def small_model(lab: Lab, flags: dict[str, Any], frames: int, seed: int) -> dict[str, float]:
     """Trains a narrow model with flags, or finds it in --out, and measures its clips."""
-    model, _ = load_model(trained(lab, flags, seed), lab.machine.device)
+    model = load_model(trained(lab, flags, seed), lab.machine.device)
     model.network.config.frames = frames  # all in one block; the tables keep their reach
     return measured(lab, model, seed) | {"loss": loss_of_real(lab, model, frames)}
 
@@ -113,7 +113,7 @@ def blocks(lab: Lab) -> dict[str, Arm]:
     def arm(name: str, seed: int) -> dict[str, float]:
         flags = arms[name] | {"steps": steps[name], "log_every": max(1, min(50, steps[name] // 4))}
         done = trained(lab, flags, seed)
-        return bill(lab, flags, done.parent) | measured(lab, load_model(done, lab.machine.device)[0], seed)
+        return bill(lab, flags, done.parent) | measured(lab, load_model(done, lab.machine.device), seed)
     return lab.bounds() | {name: partial(arm, name) for name in arms}
 
 
@@ -125,7 +125,7 @@ def all_settings(lab: Lab, flags: dict[str, Any]) -> Settings:
 def parameters(lab: Lab, flags: dict[str, Any]) -> int:
     """The number of parameters of the network that flags make."""
     s = all_settings(lab, flags)
-    return cost.count(cost.network(s.unet, s.train.arch))
+    return cost.count(cost.network(s.network, s.train.arch))
 
 
 def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
@@ -143,7 +143,7 @@ def speed_of(run: Path) -> float:
 def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:
     """What training costs: parameters in millions, GFLOP per clip, clips per second, minutes of the run."""
     s = all_settings(lab, flags)
-    count, flops = cost.step_cost(s.unet, s.diffusion, s.data.num_images, s.text.tokens, s.train.arch)
+    count, flops = cost.step_cost(s.network, s.diffusion, s.data.num_images, s.text.tokens, s.train.arch)
     if s.train.latent:
         with torch.device("meta"):
             x = torch.empty(1, s.data.channels, s.data.frames + s.data.num_images, s.data.size, s.data.size)

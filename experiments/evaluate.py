@@ -219,7 +219,7 @@ def speed(lab: Lab) -> dict[str, Arm]:
             videos.append(sample.joined(filled, len(part))[:, :, :x.shape[2]])  # as long as the others
         return seen(torch.cat(videos), truth)
 
-    second, _ = infill.load_model(sample.find(str(HERE / lab.c.interpolator)), lab.machine.device)
+    second = infill.load_model(sample.find(str(HERE / lab.c.interpolator)), lab.machine.device)
     strides, gap = sorted(lab.model.data.frame_stride), second.network.config.frames - 1
     fits = second.data.frame_stride == (1,) and second.data.size == lab.model.data.size
     if len(strides) < 2 or gap not in strides or not second.network.config.keys or not fits:
@@ -261,7 +261,7 @@ def write(lab: Lab, about: str, text: str, raw: dict[str, Any], minutes: float) 
     c, folder = lab.c, Path(lab.c.out)
     facts = {"command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]), "machine": str(lab.machine),
              "PyTorch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "minutes": round(minutes, 1),
-             "checkpoint": checkpoint.checksum(checkpoint.load(lab.path)), "features": lab.features.sha256}
+             "checkpoint": checkpoint.checksum(lab.path), "features": lab.features.sha256}
     page = (f"# {c.experiment}\n\n{about}\n\n{text}\n\nMean ± standard deviation over {c.seeds} seeds, "
             f"{c.clips} clips each.\n\n"
             + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")

@@ -196,7 +196,7 @@ def load_features(path: str | Path, device: str | torch.device = "cpu") -> Featu
     nets = nn.ModuleList([FrameNet(), VideoNet()])
     nets.load_state_dict(saved["features"])
     nets.eval().requires_grad_(False).to(device)
-    return Features(*nets, saved["settings"], checkpoint.checksum(saved))
+    return Features(*nets, saved["settings"], checkpoint.checksum(path))
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def build(c: EvaluateConfig) -> Lab:
     """The model and the networks that measure, from their files; ValueError where they do not fit."""
     machine = start(c.device, c.precision, c.threads)
     path = sample.find(str(HERE / c.checkpoint))  # an absolute path stays what it is
-    model, _ = infill.load_model(path, machine.device)
+    model = infill.load_model(path, machine.device)
     features = load_features(HERE / c.features)
     drawn = (model.data.size, model.data.digits)
     if model.data.dataset != "moving_mnist" and (model.data.dataset, c.experiment) != (

@@ -218,7 +218,7 @@ def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
 def test_a_network_that_an_experiment_cannot_use_is_refused(experiment, keys, latents, lab, monkeypatch):
     network = SimpleNamespace(config=dataclasses.replace(lab.model.network.config, keys=keys))
     model = dataclasses.replace(lab.model, network=network, autoencoder=latents or None)
-    monkeypatch.setattr(infill, "load_model", lambda path, device: (model, {}))
+    monkeypatch.setattr(infill, "load_model", lambda path, device: model)
     with pytest.raises(ValueError, match=f"--experiment {experiment} cannot"):
         build(EvaluateConfig(experiment=experiment, device="cpu"))
 
@@ -237,7 +237,7 @@ def test_known_frames_are_given_to_a_network_as_it_knows_them(lab, monkeypatch):
 def test_a_model_that_cannot_be_judged_is_refused(experiment, data, text, sentence, lab, monkeypatch):
     model = dataclasses.replace(lab.model, data=dataclasses.replace(lab.model.data, **data),
                                 text=dataclasses.replace(lab.model.text, **text))
-    monkeypatch.setattr(infill, "load_model", lambda path, device: (model, {}))
+    monkeypatch.setattr(infill, "load_model", lambda path, device: model)
     with pytest.raises(ValueError, match=sentence):
         build(EvaluateConfig(experiment=experiment, device="cpu"))
 
