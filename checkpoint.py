@@ -80,8 +80,12 @@ def locked(folder: Path) -> Iterator[None]:
 
     The system takes the lock back when the process ends, however it ends, so none is ever left behind.
     """
-    import fcntl  # not on Windows, where training is not supported
-
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        print(f"{folder} cannot be locked on this system: train into it with one command at a time")
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -52,7 +52,7 @@ class SampleConfig:
     scale: int = 2  # [2, 64] super_resolve, cascade: the given frames are so many times smaller
     input: str = ""  # a video to start from; by default clips of the test split
     out: str = "samples"  # folder for the .gif, .webp and .png
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
 

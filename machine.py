@@ -20,8 +20,8 @@ class Machine:
         """Whether to compute in bf16: as told, or, for "auto", where the hardware has it."""
         if self.precision != "auto":
             return self.precision == "bf16"
-        if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.device.type != "cpu":
+            return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         # emulated, it is slower than float32; PyTorch has no public way to ask, nor this one everywhere
         return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
@@ -55,19 +55,18 @@ class Machine:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of --device: "auto" is CUDA where there is one. Raises ValueError if it is not there."""
+    """The device of --device: "auto" is CUDA or Apple's GPU where there is one. Raises ValueError if it is
+    not there.
+    """
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is not a device: auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported: auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} was given, but PyTorch finds "
-                         f"{torch.cuda.device_count()} CUDA devices here")
-    return device
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    kind, _, index = name.partition(":")
+    if kind not in there or index and not index.isdecimal():
+        raise ValueError(f"--device {name} is not supported: auto, cpu, cuda, cuda:N or mps")
+    if int(index or 0) >= there[kind]:
+        raise ValueError(f"--device {name} was given, but PyTorch finds {there[kind]} {kind.upper()} devices here")
+    return torch.device(name)
 
 
 def start(device: str, precision: str, threads: int) -> Machine:

@@ -48,7 +48,7 @@ class TrainConfig:
     ema: float = 0.999  # [0, 1) decay of the averaged weights that are sampled from
     cond_dropout: float = 0.1  # [0, 1] chance to drop a caption, for classifier-free guidance
     seed: int = 0  # [0, 2147483647] of weights, data and noise
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
     compile: bool = False  # torch.compile the network: minutes of waiting, then faster, on a GPU
@@ -107,7 +107,8 @@ def settings(argv: list[str] | None = None) -> Settings:
 
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         if not given.get("resume"):
-            hardware = {"preset": find_device(given.get("device", "auto")).type}  # cpu or cuda
+            cuda = find_device(given.get("device", "auto")).type == "cuda"
+            hardware = {"preset": "cuda" if cuda else "cpu"}
             return hardware | start_of(given.get("init"), given.get("latent"))
         for name in ("preset", "init", "latent"):
             if name in given:
@@ -213,10 +214,10 @@ def ema_update(decay: float) -> Callable:
     return update
 
 
-def save(state: State, s: Settings) -> None:
-    """Writes checkpoint_<step>.pt into the run's folder and keeps the newest --keep."""
+def save(state: State, s: Settings) -> Path:
+    """Writes checkpoint_<step>.pt into the run's folder, keeps the newest --keep, and returns its path."""
     folder = Path(s.train.out)
-    checkpoint.save(folder / f"checkpoint_{state.step:08d}.pt", {
+    checkpoint.save(path := folder / f"checkpoint_{state.step:08d}.pt", {
         "settings": s.flat(), "step": state.step,
         "model": state.model.state_dict(), "ema": checkpoint.plain_keys(state.ema.state_dict()),
         "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict(),
@@ -224,6 +225,7 @@ def save(state: State, s: Settings) -> None:
         **({"autoencoder": state.autoencoder.state_dict()} if state.autoencoder else {})})
     for old in sorted(folder.glob("checkpoint_*.pt"))[:-s.train.keep]:
         old.unlink()
+    return path
 
 
 def restore(state: State, content: dict[str, Any]) -> None:

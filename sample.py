@@ -211,7 +211,7 @@ def carried(sampling: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     mode = given.get("mode", "generate")
     chosen = sampling.get("all", {}) | sampling.get(mode, {})
     free = {name for group in TOGETHER if not set(group) & (set(given) - {"steps"}) for name in group}
-    return {name: value for name, value in chosen.items() if name in free and name not in given}
+    return {name: value for name, value in chosen.items() if name in free - {"input", *given}}
 
 
 def main() -> None:

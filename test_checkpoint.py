@@ -273,3 +273,9 @@ def test_publishing_is_a_command_and_a_folder_without_a_run_one_sentence(run_fol
     failed = publish(str(tmp_path / "empty"), str(tmp_path / "other.pt"))
     assert failed.returncode != 0 and len(failed.stderr.splitlines()) == 1
     assert "there is no checkpoint" in failed.stderr and not (tmp_path / "other.pt").exists()
+
+
+def test_where_folders_cannot_be_locked_training_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path):
+        assert capsys.readouterr().out.count(f"{tmp_path} cannot be locked on this system") == 2

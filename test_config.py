@@ -11,18 +11,20 @@ from typing import Literal
 import pytest
 
 import config
+import sample
 from autoencoder import AutoencoderConfig
 from data import DataConfig
 from diffusion import DiffusionConfig
 from infill import SampleConfig
 from run import TrainConfig
 from text import TextConfig
+from magicvideo import MagicVideoConfig
 from unet3d import UNetConfig
 
-TRAIN = (DataConfig, UNetConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
-ALL = (*TRAIN, SampleConfig)
+TRAIN = (DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
+ALL = (*TRAIN, UNetConfig, SampleConfig)
 FLAGS = [pytest.param(owner, field, id=f"{owner.__name__}.{field.name}") for owner in ALL
-         for field in dataclasses.fields(owner)]
+         for field in dataclasses.fields(owner) if field.name in vars(owner)["__annotations__"]]
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +42,12 @@ def kind(field: dataclasses.Field) -> type:
     return Literal if origin is Literal else typing.get_args(field.type)[0] if origin is tuple else field.type
 
 
+NEEDS = {"w": ["--text=a"], "fps": ["--text=a"], "base": ["--mode=cascade"], "input": ["--mode=predict"]}
 NUMERIC = [flag for flag in FLAGS if kind(flag.values[1]) in (int, float)]
 
 
 def comment(owner: type, field: dataclasses.Field) -> str:
+    owner = next(part for part in owner.__mro__ if field.name in vars(part)["__annotations__"])
     line, = re.findall(rf"^    {field.name}: .*", source(owner), re.M)
     return line.partition("  # ")[2]
 
@@ -91,13 +95,14 @@ def test_every_flag_has_a_help_text_and_a_default_of_its_type(owner, field):
 @pytest.mark.parametrize("owner, field", NUMERIC)
 def test_every_number_has_a_range_with_its_default_and_all_presets_inside(owner, field):
     written, inside = allowed(owner, field)
-    presets = config.SAMPLING if owner is SampleConfig else config.PRESETS
-    values = [field.default, *(preset[field.name] for preset in presets.values() if field.name in preset)]
+    carried = [mode for modes in config.SAMPLING.values() for mode in modes.values()]
+    presets = carried if owner is SampleConfig else config.PRESETS.values()
+    values = [field.default, *(preset[field.name] for preset in presets if field.name in preset)]
     for value in values:
         assert all(inside(number) for number in numbers(value)), (written, value)
         text = ",".join(map(str, numbers(value)))
-        assert getattr(config.parse(owner, argv=[f"--{field.name}={text}"])[0], field.name) == value \
-            or owner is UNetConfig  # whose --size depends on other flags
+        said = [f"--{field.name}={text}", *NEEDS.get(field.name, [])]
+        assert getattr(config.parse(owner, argv=said)[0], field.name) == value
 
 
 @pytest.mark.parametrize("owner, field", NUMERIC)
@@ -133,7 +138,8 @@ def test_a_switch_is_turned_on_and_off(owner, field, capsys):
 def test_a_text_is_taken_as_it_is(owner, field):
     values = list(config.PRESETS) if field.name == "preset" else ["", "a b", "50 %", "a,b"]
     for value in values:
-        assert getattr(config.parse(owner, argv=[f"--{field.name}", value])[0], field.name) == value
+        said = [f"--{field.name}", value, *NEEDS.get(field.name, [])]
+        assert getattr(config.parse(owner, argv=said)[0], field.name) == value
 
 
 @pytest.mark.parametrize("owners", [TRAIN, (SampleConfig,)])
@@ -241,7 +247,19 @@ def test_round_brackets_exclude_the_end_of_a_range(text, fits, capsys):
 
 
 def test_flags_that_contradict_each_other_are_one_sentence(capsys):
-    assert "--size 10" in refusal(capsys, ["--size", "10"], *TRAIN)
+    assert "--factor 3" in refusal(capsys, ["--factor", "3"], *TRAIN)
+    assert "--keys" in refusal(capsys, ["--keys", "--frames", "2"], *TRAIN)
+
+
+def test_help_shows_a_group_for_each_dataclass_and_first_what_everybody_needs(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(*TRAIN, argv=["--help"], first=("steps", "dataset"))
+    out = capsys.readouterr().out
+    titles = re.findall(r"^(\S.*):$", out, re.M)
+    assert titles[:3] == ["options", "What everybody needs first", "What to train on"]
+    assert len(titles) == len(set(titles)) == 3 + len(TRAIN)  # MagicVideo's adds a group to that of the U-Net
+    first = out.split("What everybody needs first:")[1].split("\n\n")[0]
+    assert re.findall(r"^  --(\w+)", first, re.M) == ["steps", "dataset"] and out.count("--steps STEPS") == 1
 
 
 # ---- errors of a whole program -----------------------------------------------------------------------------
@@ -317,16 +335,19 @@ def test_a_papers_preset_is_its_column_of_the_appendix(number, preset):
 
 @pytest.mark.parametrize("number, preset", list(enumerate(COLUMNS)))
 def test_sampling_starts_from_the_papers_column(number, preset):
-    values = parsed(owners=(SampleConfig,), defaults=lambda given: config.SAMPLING[preset])
+    values = parsed(owners=(SampleConfig,), defaults=lambda given: sample.carried(
+        config.SAMPLING[preset], {"mode": "predict"}))
     for name, row in SAMPLING.items():
         assert row[number] is None or values[name] == row[number], name
 
 
 def test_presets_name_only_fields_that_exist():
-    for presets, owners in ((config.PRESETS, TRAIN), (config.SAMPLING, (SampleConfig,))):
+    carried = [mode for modes in config.SAMPLING.values() for mode in modes.values()]
+    for presets, owners in ((config.PRESETS.values(), TRAIN), (carried, (SampleConfig,))):
         names = {field.name for owner in owners for field in dataclasses.fields(owner)}
-        assert [name for preset in presets.values() for name in preset if name not in names] == []
-    assert set(config.SAMPLING) <= set(config.PRESETS) == {"cpu", "cpu_wide", "cuda", *COLUMNS}
+        assert [name for preset in presets for name in preset if name not in names] == []
+    assert set(config.SAMPLING) == set(config.PRESETS) == {"cpu", "cpu_wide", "cuda", *COLUMNS}
+    assert {name for modes in config.SAMPLING.values() for name in modes} <= {"all", *sample.MODES}
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)

@@ -6,7 +6,7 @@ import machine
 from machine import Machine, find_device, start
 
 
-@pytest.mark.parametrize("name, sentence", [("gpu", "is not a device"), ("meta", "is not supported"),
+@pytest.mark.parametrize("name, sentence", [("gpu", "is not supported"), ("cuda:x", "is not supported"), ("meta", "is not supported"),
                                             ("cuda:99", "PyTorch finds")])
 def test_a_device_that_is_not_there_is_named_with_what_is_allowed(name, sentence):
     with pytest.raises(ValueError, match=f"--device {name} .*{sentence}"):
@@ -26,6 +26,15 @@ def test_what_asks_for_the_current_gpu_gets_the_one_that_is_meant(name, rank, cu
     found = start(name, "auto", 0)
     assert seen == [current] * (current is not None)
     assert (found.rank, found.world) == ((2, 3) if rank else (0, 1))
+
+
+def test_apples_gpu_is_taken_where_there_is_no_cuda_and_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert find_device("auto") == find_device("mps") == torch.device("mps")
+    assert not Machine(torch.device("mps")).bf16()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert find_device("auto") == torch.device("cuda")
 
 
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("float32", torch.float32)])

@@ -1,5 +1,6 @@
 """Sampling: the modes end to end from a tiny checkpoint, and their composition with closed-form denoisers."""
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from machine import Machine
 from infill import Given, Model, SampleConfig, block_starts, fill, load_model
 from test_gaussian import FLOAT, Gaussian, correlation, signal_and_noise
 from text import TextConfig
-from unet3d import UNetConfig
+from magicvideo import MagicVideoConfig
 
 HERE = Path(__file__).parent
 CPU = Machine(torch.device("cpu"), "float32")
@@ -101,7 +102,7 @@ def program(folder: Path, *flags: object) -> Drawn:
         patch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(folder), *QUICK, *map(str, flags)])
         config.run(sample.main)
     (video, known, files), = saved
-    return Drawn(video, known, files, models[0][0], blocks)
+    return Drawn(video, known, files, models[0], blocks)
 
 
 @pytest.fixture()
@@ -292,7 +293,7 @@ class Oracle:
     """In the network's place: predicts the v that a denoiser implies, and counts its calls."""
     def __init__(self, denoise: Callable[[Tensor, Tensor], Tensor], frames: int = 4, size: int = 8):
         self.denoise, self.calls = denoise, 0
-        self.config = UNetConfig(size=size, frames=frames, dim_mults=(1,), cond_dim=0)
+        self.config = MagicVideoConfig(size=size, frames=frames, dim_mults=(1,), cond_dim=0)
 
     def __call__(self, z: Tensor, logsnr: Tensor, cond: Tensor | None) -> Tensor:
         self.calls += 1
@@ -505,8 +506,8 @@ def test_a_setting_that_is_younger_than_the_checkpoint_has_its_default(tiny: Pat
 def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
-    plain, told, guided = (infill.text_guided(model, SampleConfig(num=1, text=text, w=w))(z, level)
-                           for text, w in (("", 0.0), ("a four", 0.0), ("a four", 2.5)))
+    plain, told, guided = (infill.text_guided(model, s, infill.nothing(model, s, 4))(z, level) for s in (
+        SampleConfig(num=1), SampleConfig(num=1, text="a four"), SampleConfig(num=1, text="a four", w=2.5)))
     assert (plain - told).abs().max() > 1e-3
     torch.testing.assert_close(guided, 3.5 * told - 2.5 * plain, rtol=1e-4, atol=1e-4)  # Eq. 6
 
@@ -521,10 +522,11 @@ def test_what_is_drawn_is_clipped_after_guidance() -> None:
 
 
 def test_the_architecture_comes_from_the_checkpoint_never_from_flags(tiny: Path) -> None:
-    flags, architecture = ({f.name for f in dataclasses.fields(c)} for c in (SampleConfig, UNetConfig))
+    flags, architecture = ({f.name for f in dataclasses.fields(c)} for c in (SampleConfig, MagicVideoConfig))
     assert flags & architecture == {"frames"}  # of the result
     model = load_model(checkpoint.newest(tiny), CPU.device)
-    assert model.network.config == UNetConfig(**{name: trained[name] for name in architecture})
+    trained = checkpoint.load(checkpoint.newest(tiny))["settings"]
+    assert model.network.config == MagicVideoConfig(**{name: trained[name] for name in architecture})
     assert model.network.config.dim == 8 and model.network.config.size == model.data.size == 16
 
 
@@ -577,14 +579,15 @@ def test_a_run_folder_or_a_file_can_be_named(monkeypatch: MonkeyPatch, tmp_path:
     assert str(find("a run/checkpoint_00000001.pt")) == "a run/checkpoint_00000001.pt"
 
 
-def test_the_preset_of_a_model_says_how_to_sample_it_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_checkpoint_says_how_to_sample_it_unless_told_otherwise(tmp_path: Path, capsys: CaptureFixture) -> None:
     folder = checkpointed(tmp_path / "run")
     content = checkpoint.load(checkpoint.newest(folder))
-    content["settings"]["preset"] = "bair"
-    checkpoint.save(checkpoint.newest(folder), content)
+    checkpoint.save(checkpoint.newest(folder), content | {"sampling": config.SAMPLING["bair"]})
     paper = "--steps 3 --delta 0.1 --gamma 0 --sampler ancestral".split()
     as_said = program(folder, *paper, "--out", tmp_path).video
+    capsys.readouterr()
     assert torch.equal(program(folder, "--out", tmp_path).video, as_said)
+    assert "; chosen with it: --delta 0.1 --overlap 1\n" in capsys.readouterr().out
     program(folder, "--sampler", "ddim", "--out", tmp_path)  # whose --delta must not be held against it
     enlarged = program(folder, *"--mode super_resolve --steps 60".split(), "--out", tmp_path)
     low = enlarged.given[0][0].low
@@ -592,45 +595,38 @@ def test_the_preset_of_a_model_says_how_to_sample_it_unless_told_otherwise(tmp_p
     assert (pooled(enlarged.video) - low).square().mean() < 0.15 * low.square().mean()
 
 
-def test_digits_are_named_where_nothing_is_said_and_nothing_given(tiny: Path) -> None:
-    model = load_model(checkpoint.newest(tiny), torch.device("cpu"))
-    trained = {"dataset": "moving_mnist", "preset": "cuda"}
-    two = dataclasses.replace(model, data=dataclasses.replace(model.data, digits=2, short_captions=0.3))
-    quick, given = {"sampler": "dpm_solver", "steps": 25}, {"steps": 32, "delta": 0.1}
-    default = sample.for_digits(two, trained, {})
-    assert default["w"] == 3 and default["text"].split("|")[:2] == ["a 0 and a 3", "a 1 and a 4"]
-    assert quick.items() <= default.items() and sample.for_digits(two, trained, {"steps": 9}) == default
-    named = {"text": default["text"], "w": 3.0}
-    assert sample.for_digits(two, trained, {"mode": "extend"}) == given | named | {"method": "replacement"}
-    assert sample.for_digits(two, trained, {"mode": "extend", "w_r": 5.0}) == given | named
-    for said in ({"text": ""}, {"w": 1.0}, {"fps": 4.0}):
-        assert sample.for_digits(two, trained, said) == quick
-    assert set(sample.for_digits(two, trained, {"mode": "extend", "input": "x"})) == {*given, "method"}
-    for said in ({"mode": "predict"}, {"mode": "cascade"}):
-        assert sample.for_digits(two, trained, said) == given
-    for said in ({"sampler": "ddim"}, {"gamma": 0.1}, {"delta": 0.1}):
-        assert set(sample.for_digits(two, trained, said)) == {"text", "w"}
-    long = dataclasses.replace(two, data=dataclasses.replace(two.data, short_captions=0.0))
-    deaf = dataclasses.replace(two, text=dataclasses.replace(two.text, cond_dim=0))
-    assert sample.for_digits(long, trained, {}) == sample.for_digits(deaf, trained, {}) == quick
-    for other in ({"dataset": "video_folder"}, {"preset": "ucf101"}):
-        assert sample.for_digits(two, trained | other, {}) == {}
+@pytest.mark.parametrize("given, expected", [
+    ({}, {"steps": 25, "sampler": "ddim", "text": "a 0", "w": 3.0}), ({"steps": 9}, {"sampler": "ddim", "text": "a 0", "w": 3.0}),
+    ({"gamma": 0.1}, {"text": "a 0", "w": 3.0}), ({"w": 1.0}, {"steps": 25, "sampler": "ddim"}),
+    ({"text": ""}, {"steps": 25, "sampler": "ddim"}), ({"mode": "predict"}, {"steps": 25, "delta": 0.1}),
+    ({"mode": "extend", "w_r": 2.0}, {"steps": 25, "delta": 0.1}), ({"mode": "extend"}, {"steps": 25, "delta": 0.1, "method": "replacement"})])
+def test_what_was_chosen_together_is_taken_together_or_not_at_all(given: dict, expected: dict) -> None:
+    chosen = {"all": {"steps": 25, "delta": 0.1}, "extend": {"method": "replacement"},
+              "generate": {"sampler": "ddim", "delta": 0.0, "text": "a 0", "w": 3.0}}
+    taken = sample.carried(chosen, given)
+    assert {name: value for name, value in taken.items() if value != 0.0} == expected
 
 
-def test_the_program_names_digits_unless_it_is_told_not_to(tiny: Path, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    heard, embed = [], infill.embed
-    monkeypatch.setattr(infill, "embed", lambda texts, text: heard.append(texts) or embed(texts, text))
-    program(tiny, "--num", 2, "--out", tmp_path)
-    assert heard == [["a 0", "a 1"]]
-    program(tiny, "--num", 2, "--text", "", "--out", tmp_path)
-    assert len(heard) == 1
+@pytest.mark.parametrize("sampling", [{"all": {"steps": "many"}}, {"all": {"steps": 0}}, {"all": 3}, "fast"])
+def test_bad_settings_in_a_checkpoint_are_one_sentence(sampling: object, tiny: Path, tmp_path: Path,
+                                                       capsys: CaptureFixture) -> None:
+    content = checkpoint.load(checkpoint.newest(tiny))
+    checkpoint.save(tmp_path / "x.pt", content | {"sampling": sampling})
+    assert "x.pt holds no model" in mistaken(tiny, ["--checkpoint", tmp_path / "x.pt"], capsys)
 
 
-def test_another_sampler_keeps_what_the_paper_says_of_guidance() -> None:
-    assert sample.papers_numbers("bair", {"sampler": "ddim"}) == {"w_r": 50.0, "overlap": 1}
-    assert sample.papers_numbers("bair", {})["delta"] == 0.1
-    assert sample.papers_numbers("bair", {"mode": "cascade", "sampler": "ddim"}) == {"overlap": 1}
+def test_a_checkpoint_cannot_say_where_files_go(tmp_path: Path) -> None:
+    assert sample.carried({"all": {"out": "/", "input": "x", "device": "cuda", "steps": 3}}, {}) == {"steps": 3}
+
+
+def test_without_a_checkpoint_flag_a_run_that_cannot_draw_is_passed_over(monkeypatch: MonkeyPatch,
+                                                                         tmp_path: Path) -> None:
+    names = [f"runs/{name}/checkpoint_00000001.pt" for name in ("draws", "keys", "coder")]
+    find = lookup(monkeypatch, tmp_path, *names)
+    for name, made in {"draws": ("unet3d", False), "keys": ("unet3d", True), "coder": ("autoencoder", False)}.items():
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(dict(zip(("arch", "keys"), made))))
+    assert str(find("")) == "runs/draws/checkpoint_00000001.pt"
+    assert sample.find("", keys=True).parent.name == "keys"
 
 
 def test_a_base_whose_size_the_scale_does_not_divide_is_fine(tmp_path: Path) -> None:
@@ -699,7 +695,7 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "checkpoint of another shape": (other_shape, "other.pt"),
     "w without text": (["--w", "1"], "--w"),
     "overlap too long": (["--mode", "extend", "--overlap", "4"], "--overlap 4"),
-    "nothing to predict": (["--mode", "predict", "--frames", "2"], "--frames 2"),
+    "nothing to predict": (["--mode", "predict", "--frames", "2"], "what follows 2 of 2 frames"),
     "scale that does not divide": (["--mode", "super_resolve", "--scale", "3"], "--scale 3"),
     "delta with ddim": (["--sampler", "ddim", "--delta", "0.1"], "--delta"),
     "gamma with dpm_solver": (["--sampler", "dpm_solver", "--gamma", "0.1"], "--gamma"),

@@ -172,7 +172,7 @@ def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings, machin
 
 def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
     """Saves and says how to go on; exits with 128 + a signal, raises ValueError if norm is not finite."""
-    save(state, s)
+    path = save(state, s)
     go_on = f"python train.py --resume {shlex.quote(s.train.out)}"
     if not torch.isfinite(norm):
         raise ValueError(f"the gradient of step {state.step + 1} is not finite and was not applied; step "
@@ -180,8 +180,9 @@ def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
     if state.step < s.train.steps:
         print(f"stopped at step {state.step}; to go on: {go_on}")
         raise SystemExit(128 + (stop or [signal.SIGTERM])[0])  # the signal may have reached another process
-    use = "train.py --latent" if s.train.arch == "autoencoder" else "sample.py --checkpoint"
-    print(f"done: python {use} {shlex.quote(s.train.out)}")
+    out, use = shlex.quote(s.train.out), "train.py --latent" if s.train.arch == "autoencoder" else (
+        "sample.py --mode key_frames --checkpoint" if s.unet.keys else "sample.py --checkpoint")
+    print(f"done: in {out} are previews (samples/), metrics.jsonl and {path.name}\nto go on: python {use} {out}")
 
 
 @contextlib.contextmanager
