@@ -1,17 +1,30 @@
-"""Flags of the tests: python -m pytest test_faults.py --kills 50 --fuzz 60."""
+"""Flags of the tests: python -m pytest --slow runs all; test_faults.py --slow --kills 50 --fuzz 60 does more."""
 import functools
 import inspect
 import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take long, too")
     parser.addoption("--kills", type=int, default=3, help="how often a run is killed (default: 3)")
     parser.addoption("--fuzz", type=float, default=4, help="seconds for each kind of file (default: 4)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs with --slow")
+    torch.set_num_threads(1)  # the networks are tiny: on a busy machine two threads wait for each other
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if not config.getoption("--slow") else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes long; runs with --slow"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import torch
 
 from experiments import ablations
 from experiments import evaluate
+import config
 import infill
 from experiments import lab as lab_module
 from experiments import metrics
@@ -23,10 +24,11 @@ from data import DIRECTIONS, DataConfig, moving_mnist
 from experiments.ablations import small_model
 from experiments.evaluate import closest, heading, table
 from experiments.lab import EvaluateConfig, build
-from test_key_frames import BETWEEN, TINY, fitted
+from test_key_frames import BETWEEN, TINY
+from test_train import fitted, program
 
 HERE = Path(__file__).parents[1]
-WIDE = ["--attention_resolutions", "16"]
+NARROW = "--size 32 --patch 4 --dim_mults 1 --attention_resolutions 8".split()
 
 
 @pytest.fixture(scope="module")
@@ -34,34 +36,57 @@ def lab():
     return build(EvaluateConfig(clips=6, reference=8, batch_size=4, calls=2, seeds=1, device="cpu"))
 
 
-def quick(experiment: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.evaluate", "--experiment", experiment, "--quick",
-               "--out", str(out), "--device", "cpu", *flags]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+def quick(monkeypatch, experiment: str, out: Path, *flags: str) -> None:
+    """python -m experiments.evaluate --quick in this process, and the trainings that it starts."""
+    def run(words: list) -> SimpleNamespace:
+        with pytest.MonkeyPatch.context() as patch:
+            program(patch, words[2:])
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--experiment", experiment, "--quick", "--out", str(out),
+                                      "--device", "cpu", *flags])
+    config.run(evaluate.main)
 
 
 @pytest.fixture(scope="module")
 def speeds(tmp_path_factory) -> list[str]:
     """The flags of a small model that knows three speeds, and of one that fills between key frames."""
     folder = tmp_path_factory.mktemp("speeds")
-    fitted([*TINY, "--size", 32, "--frames", 16, "--frame_stride", "1,2,4", *WIDE], folder / "slow")
-    fitted([*BETWEEN, "--size", 32, "--frames", 5, *WIDE], folder / "between")
+    fitted([*TINY, *NARROW, "--frames", 16, "--frame_stride", "1,2,4"], folder / "slow")
+    fitted([*BETWEEN, *NARROW, "--frames", 5], folder / "between")
     return ["--checkpoint", str(folder / "slow"), "--interpolator", str(folder / "between")]
 
 
-@pytest.mark.parametrize("experiment", list(evaluate.EXPERIMENTS))
-def test_every_experiment_runs_quickly_and_writes_its_table(experiment, speeds, tmp_path):
-    done = quick(experiment, tmp_path, *(speeds if experiment == "speed" else []))
-    assert done.returncode == 0, done.stderr[-2000:]
-    page = (tmp_path / "quick" / f"{experiment}.md").read_text()
-    numbers = json.loads((tmp_path / "quick" / f"{experiment}.json").read_text())
-    assert page in done.stdout and inspect.getdoc(evaluate.EXPERIMENTS[experiment]) in page
+def judged(experiment: str, out: Path, said: str) -> None:
+    """What an experiment has said and written is its table."""
+    page = (out / "quick" / f"{experiment}.md").read_text()
+    numbers = json.loads((out / "quick" / f"{experiment}.json").read_text())
+    assert page in said and inspect.getdoc(evaluate.EXPERIMENTS[experiment]) in page
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
     assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
     assert "--quick" in numbers["command"] and len(numbers["features"]) == len(numbers["checkpoint"]) == 64
     if experiment not in ("predict", "speed"):
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
+
+
+@pytest.mark.parametrize("experiment", list(evaluate.EXPERIMENTS))
+def test_every_experiment_runs_quickly_and_writes_its_table(experiment, speeds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "NARROW", ablations.NARROW | dict(
+        dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="8"))
+    monkeypatch.setattr(ablations, "parameters", lambda lab, flags: flags.get("dim", 8))  # of 240 networks
+    quick(monkeypatch, experiment, tmp_path, *speeds)
+    judged(experiment, tmp_path, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["guidance", "joint", "blocks"])
+def test_an_experiment_is_a_command_that_starts_others_and_takes_the_shipped_networks(experiment, tmp_path):
+    command = [sys.executable, "-m", "experiments.evaluate", "--experiment", experiment, "--quick",
+               "--out", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    judged(experiment, tmp_path, done.stdout)
 
 
 def test_chance_keeps_the_frames_and_loses_the_video(lab):
@@ -158,6 +183,7 @@ def test_the_model_with_positions_is_the_one_of_joint_without_image_frames(lab, 
     assert names[2] == names[0] | {"relative_positions": False}
 
 
+@pytest.mark.slow
 def test_blocks_are_compared_with_as_many_parameters(lab, monkeypatch):
     seen = []
     monkeypatch.setattr(ablations, "steps_in_time", lambda lab, flags: seen.append(flags) or 2)
@@ -197,13 +223,13 @@ def test_fvd_is_printed_when_and_only_when_its_network_is_given(lab, monkeypatch
     lab.c.i3d = ""
 
 
-def test_only_some_arms_are_run(tmp_path):
-    done = quick("guidance", tmp_path, "--only", "w = 1|real")
-    assert done.returncode == 0
+def test_only_some_arms_are_run(speeds, tmp_path, monkeypatch, capsys):
+    quick(monkeypatch, "guidance", tmp_path, *speeds, "--only", "w = 1|real")
     numbers = json.loads((tmp_path / "quick" / "guidance.json").read_text())
     assert list(numbers["raw"]) == ["real clips (floor)", "w = 1 (2.0 in Table 5)"]
-    none = quick("guidance", tmp_path, "--only", "dreams")
-    assert none.returncode == 2 and "leaves no arm of --experiment guidance" in none.stderr
+    with pytest.raises(SystemExit) as stop:
+        quick(monkeypatch, "guidance", tmp_path, *speeds, "--only", "dreams")
+    assert stop.value.code == 2 and "leaves no arm of --experiment guidance" in capsys.readouterr().err
 
 
 def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
@@ -263,9 +289,11 @@ def test_seams_are_where_drawn_frames_follow_given_ones(frames, seams, lab, monk
                                              (["--features", "nothing.pt"], "nothing.pt"),
                                              (["--experiment", "dreams"], "--experiment"),
                                              (["--clips", "1"], "--clips")])
-def test_bad_input_is_one_sentence(flags, sentence, tmp_path):
-    done = quick("samplers", tmp_path, *flags)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and sentence in done.stderr
+def test_bad_input_is_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quick(monkeypatch, "samplers", tmp_path, *flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and sentence in err
 
 
 def test_a_trained_small_model_is_found_again(lab, tmp_path, monkeypatch):
