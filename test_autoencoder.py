@@ -168,7 +168,7 @@ def test_the_network_takes_channels_and_size_of_the_latents():
     assert len(model.down[0][0].attention) == 2 and len(model.down[1][0].attention) == 0
     with pytest.raises(ValueError, match="^--size 18 is not divisible by --factor 4"):
         in_latents(UNetConfig(size=18), coder)
-    with pytest.raises(ValueError, match="^frames of 5 px are not divisible by 2"):
+    with pytest.raises(ValueError, match="--size gives the network frames of 5 px, which are not divisible by 2"):
         in_latents(UNetConfig(size=20, dim_mults=(1, 2)), coder).heights()
 
 

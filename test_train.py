@@ -208,7 +208,7 @@ def test_times_noise_and_dropout_depend_on_seed_and_index_alone() -> None:
 def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monkeypatch: MonkeyPatch) -> None:
     s, seen = train.settings([*TINY, "--cond_dropout", "0.25"]), []
     monkeypatch.setattr(train, "condition", lambda captions, text: torch.ones(len(captions), 2, 3, 8))
-    monkeypatch.setattr(train, "loss", lambda _, x, d, cond, *k, keys: seen.append(cond) or torch.zeros(2))
+    monkeypatch.setattr(train, "loss", lambda _, x, d, cond, *k: seen.append(cond) or torch.zeros(2))
     for index in range(300):
         train.micro_batch_loss(None, (torch.zeros(200, 1, 5, 1, 1), [[]] * 8), index, s, CPU)
     cond = torch.stack(seen)  # step b k l d
@@ -217,8 +217,7 @@ def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monke
     assert dropped.tolist() == pytest.approx([0.25, 0.25], abs=0.03)  # 2400 draws each: 3.4 deviations
 
 
-def stub_loss(network: nn.Module, x: Tensor, diffusion: object, cond: Tensor, num_images: int,
-              keys: bool) -> Tensor:
+def stub_loss(network: nn.Module, x: Tensor, diffusion: object, cond: Tensor, num_images: int) -> Tensor:
     """A loss of each clip without times or noise, so that batches of different sizes can be compared."""
     return (network(x, torch.tensor(0.0), cond, num_images) - x).square().flatten(1).mean(1)
 
@@ -278,7 +277,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monke
     s = train.settings(TINY)
     state = train.build(s, CPU.device)
     before = [p.detach().clone() for p in state.model.parameters()]
-    monkeypatch.setattr(train, "loss", lambda network, *rest, keys: network.entry.weight.sum() * math.inf)
+    monkeypatch.setattr(train, "loss", lambda network, *rest: network.entry.weight.sum() * math.inf)
     train.train_step(state.model, state, batches(s.data, 2, 0), s, CPU)
     assert same(list(state.model.parameters()), before) and same(list(state.ema.module.parameters()), before)
     assert not state.optimizer.state and state.step == 0
@@ -562,7 +561,7 @@ def short_clip(folder: Path) -> list:
 
 
 MISTAKES: dict[str, tuple[list | Callable, str]] = {
-    "size not divisible": (["--size", "18", "--dim_mults", "1,2,4"], "--size 18 is not divisible by 4"),
+    "size not divisible": (["--size", "18", "--dim_mults", "1,2,4"], "frames of 18 px, which are not divisible by 4"),
     "unknown preset": (["--preset", "ucf"], "--preset ucf is not one of cpu, cpu_wide, cuda, ucf101"),
     "unknown flag": (["--stepss", "3"], "--stepss"),
     "a word too many": (["moving_mnist"], "moving_mnist"),

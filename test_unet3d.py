@@ -473,8 +473,8 @@ def test_space_to_depth_keeps_every_pixel_and_is_undone():
 @pytest.mark.parametrize("changes", [dict(size=12, dim_mults=(1, 1, 1, 1)), dict(size=9),
                                      dict(size=10, patch=4)])
 def test_a_size_that_the_levels_cannot_halve_is_one_sentence(changes):
-    with pytest.raises(ValueError, match=r"^frames of \d+ px are not divisible by \d+, which follows from "
-                                         r"--dim_mults and --patch$"):
+    with pytest.raises(ValueError, match=r"^--size gives the network frames of \d+ px, which are not "
+                                         r"divisible by \d+, as --dim_mults and --patch need$"):
         small(**changes).heights()
 
 

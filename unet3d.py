@@ -40,8 +40,8 @@ class UNetConfig:
         """The height of each level's feature map. Raises ValueError if size does not fit the levels."""
         factor = self.patch * 2 ** (len(self.dim_mults) - 1)
         if self.size % factor:
-            raise ValueError(f"frames of {self.size} px are not divisible by {factor}, which follows from "
-                             "--dim_mults and --patch")
+            raise ValueError(f"--size gives the network frames of {self.size} px, which are not divisible by "
+                             f"{factor}, as --dim_mults and --patch need")
         heights = [self.size // self.patch // 2**level for level in range(len(self.dim_mults))]
         if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
             given, there = str(self.attention_resolutions)[1:-1], str(heights)[1:-1]
