@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffusion import (DiffusionConfig, alpha_sigma, cosine_logsnr, denoiser, diffuse, eps_from_x, loss,
-                       noise_like, reverse, schedule, v_from_x, x_from_eps, x_from_v)
+                       noise_like, reverse, schedule, times, v_from_x, x_from_eps, x_from_v)
 from test_gaussian import FLOAT, level, signal_and_noise
 
 PREDICTIONS = ["eps", "v"]
@@ -218,18 +218,29 @@ def test_the_loss_repeats_with_its_generator_and_leaves_the_global_one_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_frame_noise_gives_the_frames_of_a_share_of_clips_uniform_times_of_their_own():
+    t = times(4000, 5, DiffusionConfig(frame_noise=0.3), seeded(0))
+    own = (t != t[:, :1]).any(1)
+    assert t.shape == (4000, 5) and abs(own.float().mean() - 0.3) < 0.03
+    for part in (t[own], t[~own][:, :1]):
+        assert torch.allclose(part.flatten().quantile(torch.tensor([0.1, 0.5, 0.9])),
+                              torch.tensor([0.1, 0.5, 0.9]), atol=0.03)
+    assert (torch.corrcoef(t[own].T) - torch.eye(5)).abs().max() < 0.1  # independent of each other
+    assert times(8, 5, DiffusionConfig(), seeded(0)).shape == (8, 1)
+
+
 def test_the_times_of_a_batch_are_uniform_one_in_each_stratum():
-    times, b, generator = [], math.atan(math.exp(-10)), seeded(0)
+    found, b, generator = [], math.atan(math.exp(-10)), seeded(0)
 
     def model(z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> Tensor:
         assert logsnr.shape == (8, 1, 1, 1, 1)
         angle = torch.atan(torch.exp(-logsnr.double().flatten() / 2))
-        times.append((angle - b) / (math.atan(math.exp(10)) - b))
+        found.append((angle - b) / (math.atan(math.exp(10)) - b))
         return z
 
     for _ in range(200):
         loss(model, videos(8), DiffusionConfig(), generator=generator)
-    strata = torch.stack(times) * 8
+    strata = torch.stack(found) * 8
     assert torch.equal(strata.floor().sort(1).values, torch.arange(8, dtype=FLOAT).expand(200, 8))
     inside = strata.frac().flatten().sort().values
     assert (inside - torch.linspace(0, 1, 1600, dtype=FLOAT)).abs().max() < 0.05  # Kolmogorov, 1600 draws

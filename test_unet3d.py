@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unet3d import (Attention, Block, Embedding, Norm, ResBlock, SpatialMix, TemporalMix, UNet3D, UNetConfig,
-                    isolate)
+                    isolate, per_frame)
 
 VIDEO, IMAGES = 3, 2  # frames of the usual clip: 0 1 2 are video, 3 4 are images
 
@@ -351,6 +351,18 @@ def test_a_log_snr_without_dimensions_holds_for_every_clip():
     assert close(out, model(z, torch.tensor(1.5, dtype=torch.float64), cond, IMAGES))
 
 
+def test_each_frame_may_have_a_noise_level_of_its_own():
+    model, (z, _, cond) = network(), inputs()
+    levels = torch.linspace(-3, 3, 2 * z.shape[2]).view(2, 1, -1, 1, 1)
+    same = levels[:, :, :1].expand_as(levels)
+    assert torch.equal(model(z, same, cond, IMAGES), model(z, levels[:, :, :1], cond, IMAGES))
+    emb = model.embedding(levels, 2, cond[:, None] if cond.dim() == 3 else cond)
+    for f in range(z.shape[2]):
+        alone = model.embedding(levels[:, :, f:f + 1], 2, cond[:, None] if cond.dim() == 3 else cond)
+        alone = per_frame(alone, z.shape[2])
+        assert close(emb[:, f], alone[:, f])
+
+
 @pytest.mark.parametrize("logsnr, u", [
     (0.0, 0.5), (20.0, 2.89024e-5), (-20.0, 0.9999711), (-2 * math.log(math.tan(0.3)), 0.3 / (math.pi / 2))])
 def test_the_log_snr_enters_as_sines_and_cosines_of_1000_u(logsnr, u):
@@ -358,7 +370,7 @@ def test_the_log_snr_enters_as_sines_and_cosines_of_1000_u(logsnr, u):
     embedding.mlp = nn.Identity()
     waves = [1000 * u * 10 ** (-4 * i / 4) for i in range(5)]  # from 1 to 1/10000 radian
     expected = torch.tensor([math.sin(a) for a in waves] + [math.cos(a) for a in waves])
-    assert torch.allclose(embedding(torch.tensor(logsnr), 1, 1, None)[0, 0], expected, atol=1e-3)
+    assert torch.allclose(embedding(torch.tensor(logsnr), 1, None)[0, 0], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])

@@ -174,10 +174,10 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Condition and log-SNR as one vector for each frame, (b, frames, emb_dim).
+    """Condition and log-SNR as one vector (b, k, emb_dim), for per_frame.
 
-    log-SNR is 0-d or (b, 1, 1 or frames, 1, 1), tokens are (b, k, l, cond_dim) for per_frame. Attention
-    pooling of the tokens without any bias, so that c = 0 and no condition are the same thing.
+    log-SNR is 0-d or (b, 1, 1 or frames, 1, 1), tokens are (b, k, l, cond_dim). Attention pooling of the
+    tokens without any bias, so that c = 0 and no condition are the same thing.
     """
     def __init__(self, config: UNetConfig, heads: int = 8):
         super().__init__()
@@ -194,12 +194,15 @@ class Embedding(nn.Module):
         p = scores.masked_fill(padding, -1e4).softmax(-1)  # finite: c = 0 is all padding
         return self.value(torch.einsum("b k n l, b k l d -> b k n d", p, tokens).flatten(2))
 
-    def forward(self, logsnr: Tensor, batch: int, frames: int, tokens: Tensor | None) -> Tensor:
+    def forward(self, logsnr: Tensor, batch: int, tokens: Tensor | None) -> Tensor:
         u = torch.atan(torch.exp(-logsnr.float() / 2)) / (math.pi / 2)  # in [0, 1]
-        u = u.flatten(1)[..., None] if u.dim() else u.view(1, 1, 1)  # b or 1, frames or 1, 1
-        angles = 1000 * u * torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
-        h = torch.cat([angles.sin(), angles.cos()], -1)[..., :self.emb_dim].expand(batch, frames, -1)
-        return self.mlp(h if tokens is None else h + per_frame(self.pool(tokens), frames))
+        u = u.flatten(1) if u.dim() else u.view(1, 1)  # b or 1, frames or 1
+        angles = 1000 * u[..., None] * torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
+        h = torch.cat([angles.sin(), angles.cos()], -1)[..., :self.emb_dim].expand(batch, -1, -1)
+        if tokens is not None:
+            c = self.pool(tokens)
+            h = h + per_frame(c, max(h.shape[1], c.shape[1]))
+        return self.mlp(h)
 
 
 def isolate(frames: int, num_images: int, device: torch.device) -> Tensor:
@@ -255,8 +258,8 @@ class UNet3D(nn.Module):
     def context(self, z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> tuple:
         """What every block hears beside x: the embedding of each frame, and which frame may see which."""
         tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
-        emb = self.embedding(logsnr, len(z), z.shape[2], tokens)  # b f emb_dim
-        return nnf.silu(emb), isolate(z.shape[2], num_images, z.device)
+        emb = self.embedding(logsnr, len(z), tokens)  # b k emb_dim, k = 1, 1 + num_images or f
+        return nnf.silu(per_frame(emb, z.shape[2])), isolate(z.shape[2], num_images, z.device)
 
     def u_net(self, x: Tensor, *context) -> Tensor:
         x, skips = self.entry(x), []  # (b f) dim h w
