@@ -1,6 +1,6 @@
 """Faults done to real processes and files: what is lost, what is said, and how it goes on.
 
-python -m pytest test_faults.py --slow --kills 50 --fuzz 60 kills a run fifty times, damages files for minutes.
+python -m pytest test_faults.py --slow --kills 50 --fuzz 60 kills a run fifty times and damages many files.
 """
 import ctypes
 import dataclasses
@@ -247,8 +247,8 @@ def test_other_settings_than_before_are_listed_when_a_run_goes_on(copy: Path, mo
 
 
 STRANGE = [("dim", "8"), ("lr", float("nan")), ("size", torch.ones(2)), ("dim", -1), ("dim", 8.5),
-           ("dim_mults", 3), ("dim_mults", (1, "2")), ("patch", 0), ("flip", "no"), ("prediction", "x"), ("prediction", ["v"]),
-           ("data_dir", 3), ("steps", None), ("frames", {}), ("lr", 10**400)]
+           ("dim_mults", 3), ("dim_mults", (1, "2")), ("patch", 0), ("flip", "no"), ("prediction", "x"),
+           ("prediction", ["v"]), ("data_dir", 3), ("steps", None), ("frames", {}), ("lr", 10**400)]
 
 
 @pytest.mark.parametrize("name, value", STRANGE[:3])
