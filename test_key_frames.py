@@ -231,6 +231,7 @@ def test_a_bad_beginning_is_one_sentence(flags, parts, slow, tmp_path, monkeypat
     assert stop.value.code == 2 and err.count("error:") == 1 and all(part in err for part in parts)
 
 
+@pytest.mark.slow
 def test_the_shipped_networks_go_as_fast_as_asked_and_then_fill_in():
     """4 clips in 8 steps; measured with more (results/speed.md): 2.5, 4.1 and 7.0 px a frame at 8, 4, 2 fps."""
     pretrained, digits = Path(__file__).parent / "pretrained", (0, 1, 7, 6)

@@ -57,6 +57,7 @@ def run(command: list[str], folder: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_its_commands_run_as_typed(tmp_path):
     for path in [*HERE.glob("*.py"), HERE / "mnist"]:
         (tmp_path / path.name).symlink_to(path)
@@ -88,6 +89,7 @@ def test_every_mode_is_in_its_table_and_has_a_command():
 PRESETS = rows("The presets, by", (HERE / "experiments" / "README.md").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", PRESETS, ids=[row[0].strip("`") for row in PRESETS])
 def test_its_table_of_presets_is_what_dry_run_counts(row):
     s = train.settings(["--preset", row[0].strip("`"), "--device", "cpu"])

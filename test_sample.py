@@ -579,6 +579,7 @@ def test_a_run_folder_or_a_file_can_be_named(monkeypatch: MonkeyPatch, tmp_path:
     assert str(find("a run/checkpoint_00000001.pt")) == "a run/checkpoint_00000001.pt"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_how_to_sample_it_unless_told_otherwise(tmp_path: Path, capsys: CaptureFixture) -> None:
     folder = checkpointed(tmp_path / "run")
     content = checkpoint.load(checkpoint.newest(folder))

@@ -2,6 +2,7 @@
 
 Most runs are a few steps of a tiny network in this process; real processes where the process is the point.
 """
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -334,6 +335,14 @@ def squares() -> Squares:
     return Squares(clips, train.settings([*TINY, *flags]))
 
 
+def test_the_loss_of_two_clips_falls_at_once(squares: Squares) -> None:
+    s, stream = squares.settings, squares.stream()
+    state = train.build(s, CPU.device)
+    losses = [train.train_step(state.model, state, stream, s, CPU)[0].item() for _ in range(20)]
+    assert sum(losses[:4]) / 4 > 0.9 and sum(losses[-4:]) / 4 < 0.65, losses
+
+
+@pytest.mark.slow
 def test_two_clips_are_learned_by_heart_and_drawn_when_their_caption_is_given(squares: Squares) -> None:
     s, stream = squares.settings, squares.stream()
     state = train.build(s, CPU.device)
@@ -452,7 +461,7 @@ def test_an_unconditional_run_has_no_text_in_its_network() -> None:
 # ---- what a model costs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", config.PRESETS)
+@pytest.mark.parametrize("preset", ["cpu", "bair"])  # test_readme.py counts them all
 def test_dry_run_prints_what_a_preset_costs_without_allocating_it(
         preset: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -486,6 +495,25 @@ def processes(*words: object) -> dict:
             "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
+def test_the_micro_batches_of_two_processes_are_those_of_one(monkeypatch: MonkeyPatch) -> None:
+    s, fed = train.settings([*TINY, "--accumulate", "2"]), {}
+    state = train.build(s, CPU.device)
+    ranks = types.SimpleNamespace(no_sync=contextlib.nullcontext)  # in DistributedDataParallel's place
+
+    def loss(network: object, batch: tuple, index: int, *rest: object) -> Tensor:
+        fed[index] = batch[0]
+        return 0 * state.model.entry.weight.sum()
+    monkeypatch.setattr(train, "micro_batch_loss", loss)
+    for rank in range(2):
+        state.step = 1
+        stream = batches(s.data, 2, 0, 4 + rank, 2)
+        train.train_step(ranks, state, stream, s, Machine(CPU.device, "float32", rank, 2))
+    assert fed.keys() == {4, 5, 6, 7}
+    alone = itertools.islice(batches(s.data, 2, 0, 4), 4)
+    assert same([fed[index] for index in range(4, 8)], [x for x, _ in alone])
+
+
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path: Path) -> None:
     flags = [*TINY, *"--steps 3 --dropout 0.1 --log_every 1 --ema 0.3 --clip 0.5".split()]
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py --accumulate 2".split()
@@ -516,6 +544,7 @@ def stopped(program: dict, folder: Path, number: int, beyond: int) -> tuple[int,
         return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_sigterm_save_and_print_a_command_that_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a run"  # with a blank: the command must be quoted
     flags = [*TINY, *"--steps 1000000 --decay constant --log_every 1".split(), "--out", folder]
@@ -543,6 +572,10 @@ def occupied(folder: Path) -> list:
 def a_file(folder: Path) -> list:
     (folder / "file").write_text("")
     return ["--out", folder / "file"]
+
+
+def in_a_file(folder: Path) -> list:
+    return ["--out", a_file(folder)[1] / "run"]
 
 
 def garbage(folder: Path) -> list:
@@ -583,6 +616,7 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "resume from a foreign checkpoint": (foreign, "checkpoint_00000002.pt"),
     "out holds a run": (occupied, "holds a run already"),
     "out is a file": (a_file, "file"),
+    "out is in a file": (in_a_file, "file"),
 }
 
 

@@ -1,6 +1,5 @@
 """The networks that measure: what they are trained towards, what they see, which digit is which later."""
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import checkpoint
 from experiments import features
 from experiments.features import (FeatureConfig, FrameNet, VideoNet, centres, link, load_features, observe, splat,
                       strongest)
-from experiments.test_metrics import HERE, HIGH, LOW, TRAINED, N, clips, path, seeded, trained
+from experiments.test_metrics import HIGH, LOW, TRAINED, N, clips, path, seeded, trained
 
 
 # The networks, and what they are trained towards
@@ -90,11 +89,11 @@ def test_the_velocity_of_two_equal_digits_is_their_mean_and_absent_classes_are_l
     assert present.tolist() == [[k == 6 for k in range(10)]] and velocity[0, 6].tolist() == [2.0, 0.5]
 
 
-def test_the_program_trains_and_writes_a_file_that_loads(tmp_path: Path):
+def test_the_program_trains_and_writes_a_file_that_loads(tmp_path: Path, monkeypatch, capsys):
     out = tmp_path / "deep" / "f.pt"
-    command = [sys.executable, "-m", "experiments.features", "--size", "16", "--steps", "2", "--out"]
-    done = subprocess.run([*command, str(out)], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and "digit_accuracy" in done.stdout, done.stderr
+    monkeypatch.setattr(sys, "argv", ["features.py", "--size", "16", "--steps", "2", "--out", str(out)])
+    features.config.run(features.main)
+    assert "digit_accuracy" in capsys.readouterr().out
     loaded = load_features(out)
     assert loaded.settings["steps"] == 2 and loaded.settings["seed"] == 0
     assert loaded.sha256 == checkpoint.checksum(out) and not loaded.frame.training
