@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import warnings
 import zipfile
@@ -106,15 +107,17 @@ def newest(*folders: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def publish(run: str | Path, out: str | Path) -> None:
+def publish(run: str | Path, out: str | Path, sampling: str = "") -> None:
     """Writes what sampling needs of a run's newest checkpoint to out: averaged weights in bf16, and settings.
 
-    Raises ValueError if run holds no checkpoint.
+    sampling: JSON of the settings that sample.py starts from with these weights, {"all": {...}, MODE: {...}};
+    by default the preset's. Raises ValueError if run holds no checkpoint.
     """
     content = load(newest(Path(run)))
     private = {"out", "resume", "data_dir", "init", "latent"} & set(content["settings"])  # paths
     settings = content["settings"] | dict.fromkeys(private, "")
     save(out, {"settings": settings, "step": content["step"],
+               "sampling": json.loads(sampling) if sampling else content.get("sampling", {}),
                **{key: {name: value.bfloat16() for name, value in content[key].items()}
                   for key in ("ema", "autoencoder") if key in content}})
 
@@ -138,6 +141,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Strips a run's newest checkpoint to what sampling needs.")
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("out", help="the file to write, such as pretrained/NAME.pt")
+    parser.add_argument("--sampling", default="", help='sampling settings, as JSON: {"all": {"steps": 32}}')
     try:
         publish(**vars(parser.parse_args()))
     except (ValueError, OSError) as error:

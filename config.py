@@ -47,7 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                                num_images=7, steps=800_000),
 }
 
-_DIGITS = {"all": dict(steps=32, delta=0.1), "generate": dict(sampler="dpm_solver", steps=25, delta=0.0)}
+_DIGITS = {"all": dict(steps=24, delta=0.1), "generate": dict(sampler="dpm_solver", steps=25, delta=0.0),
+           "extend": dict(steps=24, delta=0.0, method="replacement")}
 
 
 def _paper(w_r: float = 0.0, **flags: Any) -> dict[str, dict[str, Any]]:

@@ -56,7 +56,7 @@ class TrainConfig:
     resume: str = ""  # folder of a run to go on with; its settings hold unless given again
     save_every: int = 1000  # [1, 100000000] steps between checkpoints
     keep: int = 2  # [1, 1000] newest checkpoints that are kept
-    preview_every: int = 1000  # [1, 100000000] steps between sample sheets; one more after 100
+    preview_every: int = 1000  # [1, 100000000] steps between sample sheets; also after 30 and 200
     log_every: int = 50  # [1, 100000000] steps between lines of metrics.jsonl
     dry_run: bool = False  # print parameters, FLOPs and bytes of the model without building it, and stop
 

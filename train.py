@@ -137,7 +137,7 @@ def keep(state: State, s: Settings, machine: Machine) -> None:
     if state.step % s.train.save_every == 0:
         save(state, s)
     every = s.train.preview_every
-    if state.step % every == 0 or state.step == 100 < every:  # an early one, to see that it works
+    if state.step % every == 0 or state.step in (30, 200) and every > 30:  # early ones, to see that it works
         preview(state, s, machine)
 
 
