@@ -148,13 +148,13 @@ def test_no_sample_is_written_over(tiny: Path, tmp_path: Path) -> None:
     assert not set(first) & set(second) and before == [file.read_bytes() for file in first]
 
 
-@pytest.mark.parametrize("mode", ["generate", "extend", "cascade"])
+@pytest.mark.parametrize("mode", ["generate", "extend --frames 6", "cascade"])
 def test_the_seed_alone_decides_the_video(mode: str, tiny: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    one = program(tiny, "--mode", mode, "--seed", 3, "--out", tmp_path)
+    one = program(tiny, "--mode", *mode.split(), "--seed", 3, "--out", tmp_path)
     torch.manual_seed(2)
-    two = program(tiny, "--mode", mode, "--seed", 3, "--out", tmp_path)
-    other = program(tiny, "--mode", mode, "--seed", 4, "--out", tmp_path)
+    two = program(tiny, "--mode", *mode.split(), "--seed", 3, "--out", tmp_path)
+    other = program(tiny, "--mode", *mode.split(), "--seed", 4, "--out", tmp_path)
     assert torch.equal(one.video, two.video) and not torch.equal(one.video, other.video)
     assert [f.read_bytes() for f in one.files] == [f.read_bytes() for f in two.files]
 
@@ -167,7 +167,8 @@ CHANGES = [  # flags, and flags that must make another video of them
     ("--mode predict --w_r 1", "--mode predict --w_r 1 --text four --w 2"),
     ("--mode super_resolve", "--mode super_resolve --w_r 0.5"),
     ("--mode cascade", "--mode cascade --scale 4"),
-    ("--mode predict", "--mode predict --overlap 1"), ("--mode extend", "--mode extend --overlap 1"),
+    ("--mode predict", "--mode predict --overlap 1"),
+    ("--mode extend --frames 8", "--mode extend --frames 8 --overlap 1"),
 ]
 
 

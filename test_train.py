@@ -461,7 +461,7 @@ def test_an_unconditional_run_has_no_text_in_its_network() -> None:
 # ---- what a model costs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["cpu", "bair"])  # test_readme.py counts them all
+@pytest.mark.parametrize("preset", ["cpu", "text_large"])  # test_readme.py counts them all
 def test_dry_run_prints_what_a_preset_costs_without_allocating_it(
         preset: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

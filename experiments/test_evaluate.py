@@ -81,7 +81,7 @@ def test_every_experiment_runs_and_writes_its_table(experiment, speeds, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["guidance", "joint", "blocks"])
+@pytest.mark.parametrize("experiment", ["guidance", "joint"])
 def test_an_experiment_is_a_command_that_starts_others_and_takes_the_shipped_networks(experiment, tmp_path):
     command = [sys.executable, "-m", "experiments.evaluate", "--experiment", experiment, "--quick",
                "--out", str(tmp_path), "--device", "cpu"]
