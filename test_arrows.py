@@ -33,7 +33,7 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "sample": ({"infill", "config", "data", "files"}, {"machine", "checkpoint", "magicvideo"}),
     "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine", "run"}),
     "features": ({"data"}, {"checkpoint", "config", "machine"}),
-    "metrics": ({"features"}, {"diffusion"}),
+    "metrics": ({"features"}, {"data", "diffusion"}),
     "lab": ({"sample", "infill", "metrics", "features", "data"}, {"machine"}),
     "ablations": ({"lab", "infill"}, {"autoencoder", "cost", "diffusion", "run", "text"}),
     "evaluate": ({"sample", "infill", "metrics", "lab", "ablations"}, {"config", "data", "checkpoint",

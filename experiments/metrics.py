@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import conv2d, one_hot
 
+from data import DataConfig, moving_mnist
+from diffusion import Denoiser, diffuse, noise_like
 from experiments.features import Features, batched, observe, walls
 
 # ---- numbers of a set of clips ---------------------------------------------------------------------------
@@ -97,6 +99,37 @@ def seam(positions: Tensor, classes: Tensor, starts: Iterable[int]) -> dict[str,
                "velocity": (step[:, 2:].abs() - step[:, :-2].abs()).abs().mean(3)}
     return {f"{name}_{place}": change[:, chosen].mean().item() for name, change in changes.items()
             for place, chosen in (("seam", (away == 0).any(1)), ("inside", (away > 1).all(1)))}
+
+
+# ---- whether a denoiser uses the other frames ------------------------------------------------------------
+
+
+def exchange(denoise: Denoiser, x: Tensor, other: Tensor, logsnr: Tensor,
+             generator: torch.Generator | None = None) -> float:
+    """Squared error of x_hat on every fourth frame of x (B, C, F, H, W) where the frames between are other's,
+    over that where they are x's own; log-SNR 0-d, the same noise in both, ratio of sums over the clips.
+
+    1: no other frame is used for what differs between x and other, as the digit does on same_paths. Needs no
+    sampling, and no network that judges (ours; the paper has nothing like it).
+    """
+    shown, eps = (torch.arange(x.shape[2], device=x.device) % 4 == 0)[:, None, None], noise_like(x, generator)
+
+    def error(clips: Tensor) -> float:
+        parts = zip(*(one.split(32) for one in (diffuse(clips, logsnr, eps), x)))
+        return sum((denoise(z, logsnr) - true)[:, :, ::4].square().sum().item() for z, true in parts)
+    return error(torch.where(shown, x, other)) / error(x)
+
+
+def same_paths(data: DataConfig, n: int, seed: int | tuple) -> tuple[Tensor, Tensor]:
+    """n clips (n, C, F, H, W) of one digit, and n of digits with other labels on the same paths."""
+    x, _, truth = moving_mnist(data, 2 * n, seed)
+    labels, corners = truth["labels"][:, 0], truth["positions"][:, 0].long()  # (2n,), (2n, F, 2)
+    here = (labels != labels.roll(1)).nonzero()[:n, 0]
+    assert len(here) == n, f"seed {seed} has not {n} neighbours of different digits"
+    still = x.roll(1, 0)[here, :, 0]  # the neighbour's first frame, moved by whole pixels
+    moves = corners[here] - corners.roll(1, 0)[here, :1]
+    other = [[frame.roll(move, (1, 2)) for move in path] for frame, path in zip(still, moves.tolist())]
+    return x[here], torch.stack([torch.stack(clip, 1) for clip in other])
 
 
 # ---- predicted frames against the true ones, and FVD -----------------------------------------------------

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from data import DataConfig, moving_mnist
+from diffusion import alpha_sigma, noise_like
 from experiments.features import Features, load_features, observe, walls
-from experiments.metrics import (frechet, fvd, identity_kept, identity_true, inception_score, measure, mse_per_frame,
-                     psnr, seam, ssim, trajectory_residual)
+from experiments.metrics import (exchange, frechet, fvd, identity_kept, identity_true, inception_score, measure,
+                                 mse_per_frame, psnr, same_paths, seam, ssim, trajectory_residual)
 
 HERE = Path(__file__).parents[1]
 TRAINED = HERE / "pretrained" / "features_32.pt"
@@ -222,6 +223,54 @@ def test_a_change_of_speed_at_a_seam_is_found_but_a_turn_back_is_not():
     assert found["velocity_inside"] == pytest.approx(0, abs=1e-5)
     at[0, :, 0, 1] = 10 + torch.tensor([0.0] + [0.5] * 8 + [-0.5] * 7).cumsum(0)
     assert seam(at, torch.zeros(1, 16, 1), [8])["velocity_seam"] == pytest.approx(0, abs=1e-5)
+
+
+# Whether other frames are used
+
+@functools.cache
+def exchanged() -> tuple[Tensor, Tensor]:
+    return same_paths(DataConfig(split="test", size=32, digits=1), 64, 3)
+
+
+def one_frame(z: Tensor, logsnr: Tensor) -> Tensor:
+    """The best linear guess of a pixel of variance 1 from itself alone."""
+    return alpha_sigma(logsnr)[0] * z
+
+
+def all_frames(z: Tensor, logsnr: Tensor) -> Tensor:
+    """The mean of all frames, as if a clip stood still."""
+    return (z / alpha_sigma(logsnr)[0]).mean(2, keepdim=True).expand_as(z)
+
+
+@pytest.mark.parametrize("logsnr", [-5.0, -2.0, 0.0])
+def test_a_denoiser_that_looks_at_each_frame_alone_exchanges_nothing(logsnr: float):
+    assert exchange(one_frame, *exchanged(), torch.tensor(logsnr), seeded(0)) == 1
+
+
+@pytest.mark.parametrize("logsnr", [-4.0, -1.0])
+def test_a_denoiser_that_averages_all_frames_exchanges_what_a_calculation_by_hand_says(logsnr: float):
+    x, difference = torch.full((64, 1, 16, 16, 16), 0.3), 0.4
+    found = exchange(all_frames, x, x + difference, torch.tensor(logsnr), seeded(0))
+    # twelve frames of sixteen are off by the difference, and the noise's variance e^-logsnr falls to 1/16
+    expected = 1 + (difference * 12 / 16) ** 2 * 16 * math.exp(logsnr)
+    assert found == pytest.approx(expected, rel=0.02)
+    noise = (noise_like(x, seeded(0)) * math.exp(-logsnr / 2)).mean(2)  # this one, not its variance
+    assert found == pytest.approx(((0.75 * difference + noise).square().sum() / noise.square().sum()).item())
+
+
+def test_exchanged_frames_show_another_digit_on_the_same_path():
+    data = DataConfig(split="test", size=32, digits=1)
+    (x, other), (every, _, truth) = exchanged(), moving_mnist(data, 128, 3)
+    assert x.shape == other.shape == (64, 1, 16, 32, 32)
+    which = [next(i for i in range(128) if every[i].equal(clip)) for clip in x]
+    for i, clip in zip(which, other):
+        assert truth["labels"][i] != truth["labels"][i - 1]
+        patches = [clip[0, f, y:y + 14, x:x + 14] for f, (y, x) in
+                   enumerate(truth["positions"][i, 0].long().tolist())]
+        assert all(patch.equal(patches[0]) for patch in patches)
+        assert torch.stack(patches).add(1).sum() == pytest.approx(clip.add(1).sum().item(), rel=1e-4)
+        top, left = truth["positions"][i - 1, 0, 0].long().tolist()
+        assert patches[0].equal(every[i - 1, 0, 0, top:top + 14, left:left + 14])
 
 
 # Predicted frames
