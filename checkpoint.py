@@ -12,19 +12,28 @@ from typing import Any
 import torch
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of path once it is whole; if it fails, path is as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save(path: str | Path, content: dict[str, Any]) -> None:
     """Saves content (tensors, numbers, strings in dicts, lists, tuples) to path atomically.
 
     Raises OSError with one sentence if that fails, on a full disk say; what was at path is then intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some network drives refuse
             handle = os.open(path.parent, os.O_RDONLY)  # its new name is on the disk only when the folder is
             os.fsync(handle)
@@ -35,8 +44,6 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             raise
         raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older checkpoints are "
                       "intact") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -106,6 +113,11 @@ def newest(*folders: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def find(path: str) -> Path:
+    """The checkpoint that a user's path means: the file, or the newest in a run's folder, else ValueError."""
+    return newest(Path(path)) if Path(path).is_dir() else Path(path)
+
+
 def publish(run: str | Path, out: str | Path) -> None:
     """Writes what sampling needs of a run's newest checkpoint to out: averaged weights in bf16, and settings.
 
@@ -117,15 +129,6 @@ def publish(run: str | Path, out: str | Path) -> None:
     save(out, {"settings": settings, "step": content["step"],
                **{key: {name: value.bfloat16() for name, value in content[key].items()}
                   for key in ("ema", "autoencoder") if key in content}})
-
-
-def plain_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict without the prefixes that DistributedDataParallel, torch.compile and AveragedModel add."""
-    def plain(key: str) -> str:
-        while key.startswith(("module.", "_orig_mod.")):
-            key = key.split(".", 1)[1]
-        return key
-    return {plain(key): value for key, value in state.items() if key != "n_averaged"}
 
 
 def checksum(path: str | Path) -> str:

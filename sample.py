@@ -172,7 +172,7 @@ MODES = {mode.__name__: mode for mode in (
 def find(path: str, keys: bool = False) -> Path:
     """The checkpoint that a file, a run's folder or "" means: the newest run's, else pretrained/'s first."""
     if path:
-        return checkpoint.newest(Path(path)) if Path(path).is_dir() else Path(path)
+        return checkpoint.find(path)
     weights = "interpolate*.pt" if keys else "moving_mnist*.pt"
     shipped = sorted((Path(__file__).parent / "pretrained").glob(weights))
     runs = [folder for folder in Path("runs").glob("*") if draws(folder, keys)]

@@ -262,6 +262,14 @@ def test_the_constant_learning_rate_stays_after_warm_up() -> None:
     assert [factor(step) for step in (0, 1, 3, 4, 50, 99)] == pytest.approx([0.25, 0.5, 1, 1, 1, 1])
 
 
+def test_averaged_weights_fit_the_plain_network(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", nn.DataParallel)  # which, too, puts a prefix before the names
+    content = fitted([*TINY, "--steps", 1, "--compile"], tmp_path / "run")
+    plain = train.build(train.settings(TINY), CPU.device).model
+    for weights in (content["model"], content["ema"]):
+        plain.load_state_dict(weights)
+
+
 def test_the_averaged_weights_are_those_of_a_loop_by_hand_with_warm_up(whole: Recorded) -> None:
     average = [p.clone() for p in whole.weights[0]]  # the first step's weights, not the random start's
     for n, weights in enumerate(whole.weights[1:], start=1):

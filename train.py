@@ -29,7 +29,7 @@ from files import save_video
 from machine import Machine, start, stop_signals
 from magicvideo import between
 from sampling import dpm_solver
-from run import Settings, State, TrainConfig, build, forget_log, log, save, settings, write_whole
+from run import Settings, State, TrainConfig, build, forget_log, log, save, settings
 from text import TextConfig, embed
 
 
@@ -205,7 +205,8 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
         if any(folder.glob("checkpoint_*.pt")) and not (s.train.resume and folder.samefile(resumed)):
             raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another "
                              "--out")
-        write_whole(folder / "config.json", json.dumps(s.flat(), indent=1))
+        with checkpoint.replacing(folder / "config.json") as file:
+            file.write_text(json.dumps(s.flat(), indent=1))
         announce(s, machine)
         yield
 
@@ -216,7 +217,7 @@ def announce(s: Settings, machine: Machine) -> None:
     clips = s.train.batch_size * s.train.accumulate * machine.world
     reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
-    if s.changes():
+    if s.train.resume and s.changes():
         print(f"other settings than before: {s.changes()}")
 
 
