@@ -1,7 +1,6 @@
 """Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
 import argparse
 import contextlib
-import hashlib
 import os
 import warnings
 import zipfile
@@ -42,8 +41,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older checkpoints are "
-                      "intact") from None
+        raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older ones are intact") from None
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -126,15 +124,9 @@ def publish(run: str | Path, out: str | Path) -> None:
     content = load(newest(Path(run)))
     private = {"out", "resume", "data_dir", "init", "latent"} & set(content["settings"])  # paths
     settings = content["settings"] | dict.fromkeys(private, "")
-    save(out, {"settings": settings, "step": content["step"],
-               **{key: {name: value.bfloat16() for name, value in content[key].items()}
-                  for key in ("ema", "autoencoder") if key in content}})
-
-
-def checksum(path: str | Path) -> str:
-    """SHA-256 of a file, as sha256sum prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    weights = {part: {name: value.bfloat16() for name, value in content[part].items()}
+               for part in ("ema", "autoencoder") if part in content}
+    save(out, {"settings": settings, "step": content["step"], **weights})
 
 
 if __name__ == "__main__":

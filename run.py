@@ -121,8 +121,7 @@ def settings(argv: list[str] | None = None) -> Settings:
     if s.train.arch != "autoencoder":
         s.network.heights()
     elif s.train.latent or s.train.dry_run or s.unet.keys:
-        raise ValueError("--latent, --keys and --dry_run are for networks that diffuse, not for --arch "
-                         "autoencoder")
+        raise ValueError("--latent, --keys and --dry_run are for networks that diffuse, not autoencoders")
     else:
         in_latents(s.unet, s.autoencoder)
     if s.train.latent and s.diffusion.prediction == "eps":
@@ -173,7 +172,7 @@ def weights(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
 
 
 def build(s: Settings, device: torch.device) -> State:
-    """Network, averaged network and Adam, at step 0 or where --resume left them; no random state: see above."""
+    """Network, averaged network and Adam, at step 0 or where --resume left them."""
     torch.manual_seed(s.train.seed)
     coder = s.train.arch == "autoencoder"
     model = Autoencoder(s.autoencoder) if coder else magicvideo.build(s.train.arch, s.network)
