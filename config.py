@@ -88,8 +88,7 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise  # PyTorch's are known by name: this file does without torch
-        fail("out of memory: in training lower --batch_size (and raise --accumulate) or use --checkpointing, "
-             "in sampling lower --num")
+        fail("out of memory: lower --batch_size (raise --accumulate), use --checkpointing, or lower --num")
 
 
 def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
@@ -100,8 +99,8 @@ def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
     try:
         parts = _instances(settings, configs)
         values = {name: value for part in parts for name, value in vars(part).items()}
-        typed = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={_shown(value)}"
-                 for name, value in values.items()]
+        typed = [f"--{'' if v else 'no-'}{name}" if isinstance(v, bool) else f"--{name}={_shown(v)}"
+                 for name, v in values.items()]
         taken = vars(_parser(configs).parse_known_args(typed)[0])
     except (argparse.ArgumentError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"its settings are not what flags take: {str(error):.200}") from None
@@ -196,5 +195,4 @@ def _converter(kind: Any, comment: str) -> Callable[[str], Any]:
     return convert
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text",
-          tuple[int, ...]: "a list of whole numbers (1,2,4)"}
+_NAMES = {int: "a whole number", float: "a number", str: "text", tuple[int, ...]: "a list of numbers (1,2,4)"}

@@ -65,9 +65,9 @@ class SampleConfig:
                     self.w and not self.text,
                 "--fps is said after a caption: it needs --text": self.fps and not self.text,
                 "--fps is not for key frames, which have their own speed": self.fps and keys,
-                "--method and --w_r are not for key frames: the network sees them": keys and (replaces or self.w_r),
+                "--method and --w_r steer, but key frames are seen": keys and (replaces or self.w_r),
                 "--method replacement replaces whole frames, not small ones": replaces and self.mode in SMALL,
-                "--base is for modes cascade and key_frames": self.base and not keys and self.mode != "cascade",
+                "--base is for modes cascade, key_frames": self.base and not keys and self.mode != "cascade",
                 "--input is for modes that are given frames: not generate, nor with --base":
                     self.input and (self.base or self.mode == "generate")}.items():
             if broken:
@@ -216,8 +216,7 @@ def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
 def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: torch.Generator) -> Tensor:
     """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
     known, constrain = given.known[:, None, None], identity
-    if model.network.config.keys:
-        known = torch.zeros_like(known)  # its denoiser knows them
+    known = known & (not model.network.config.keys)  # whose denoiser knows them
     if known.any():
         constrain = replacement(given.x.clone(), known, noise)
     if given.low is not None or known.any() and s.method == "reconstruction":

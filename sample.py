@@ -3,9 +3,9 @@
 Every mode is one question, given some frames, or some frames made small, draw the rest: so a mode only makes
 a Given, which infill.py answers.
 """
-import dataclasses
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def drawn_by_base(model: Model, s: SampleConfig, scale: int, frames: int) -> Ten
         if step not in strides or len(strides) > 1 and not s.text:
             raise ValueError(f"--base must know --frame_stride {step}, and if it knows others too, --text")
         fps = 8 / step * (len(strides) > 1)
-    expect(base, s := dataclasses.replace(s, mode="generate", base="", fps=fps))
+    expect(base, s := replace(s, mode="generate", base="", fps=fps))
     if (given.size * scale, given.channels) != (needed.size, needed.channels):
         raise ValueError(f"--base draws {given.channels} x {given.size} px, not the {needed.channels} x "
                          f"{needed.size // scale} px that are needed")
@@ -122,7 +122,7 @@ def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
     if keys.shape[2] < 2:
         raise ValueError("one key frame has no neighbour: --frames must be more, or --input longer")
     pairs = rearrange([keys[:, :, :-1], keys[:, :, 1:]], "two b c n h w -> (n b) c two h w")
-    whole = nothing(model, dataclasses.replace(s, num=len(pairs)), length := model.network.config.frames)
+    whole = nothing(model, replace(s, num=len(pairs)), length := model.network.config.frames)
     return show(whole, slice(None, None, length - 1), pairs)
 
 
@@ -142,9 +142,8 @@ def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
     """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
     if not s.input:
-        own = round(8 / s.fps) if s.fps else min(model.data.frame_stride)
-        data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
-                                   frame_stride=(max(1, own) * stride,))
+        stride *= max(1, round(8 / s.fps)) if s.fps else min(model.data.frame_stride)
+        data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
         return inside(model, next(batches(data, s.num, s.seed))[0])
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
@@ -222,7 +221,7 @@ def main() -> None:
         Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
         if s.base:  # which drew with this seed already, and what the text says
             silent = {} if model.text.cond_dim else {"text": "", "w": 0.0}
-            s = dataclasses.replace(s, seed=s.seed + 1, **silent)
+            s = replace(s, seed=s.seed + 1, **silent)
         video = fill(model, s, given)
     marks = given.known if given.low is None else given.known | given.low_known
     if s.mode == "key_frames":

@@ -31,8 +31,7 @@ def embed(captions: list[str], config: TextConfig) -> Tensor:
     or of another width.
     """
     encode, parts = _words if config.encoder == "words" else _bert, [SPEED.fullmatch(c) for c in captions]
-    return torch.stack([torch.cat([encode(part[1], config)[:-1], _wave(part[2], config.cond_dim)])
-                        for part in parts])
+    return torch.stack([torch.cat([encode(p[1], config)[:-1], _wave(p[2], config.cond_dim)]) for p in parts])
 
 
 SPEED = re.compile(r"(.*?)(?: at (\d{1,4}(?:\.\d*)?(?:e-\d+)?) fps)?", re.DOTALL)
@@ -65,7 +64,7 @@ def _bert(caption: str, config: TextConfig) -> Tensor:
         return torch.zeros(config.tokens, config.cond_dim)
     tokenizer, model = _load_bert(config.bert)
     if model.config.hidden_size != config.cond_dim:
-        raise ValueError(f"--cond_dim {config.cond_dim} is not {model.config.hidden_size}, the width of the BERT")
+        raise ValueError(f"--cond_dim is {config.cond_dim}, and the BERT {model.config.hidden_size} wide")
     longest = max(2, min(config.tokens, model.config.max_position_embeddings))  # 2: its own first and last
     batch = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt")
     with torch.no_grad():
