@@ -65,7 +65,8 @@ class SampleConfig:
                     self.w and not self.text,
                 "--fps is said after a caption: it needs --text": self.fps and not self.text,
                 "--fps is not for key frames, which have their own speed": self.fps and keys,
-                "--method and --w_r steer, but key frames are seen": keys and (replaces or self.w_r),
+                "--method and --w_r steer towards given frames, and a model trained with --keys sees them":
+                    keys and (replaces or self.w_r),
                 "--method replacement replaces whole frames, not small ones": replaces and self.mode in SMALL,
                 "--base is for modes cascade, key_frames": self.base and not keys and self.mode != "cascade",
                 "--input is for modes that are given frames: not generate, nor with --base":

@@ -74,26 +74,23 @@ def super_resolve(model: Model, s: SampleConfig) -> Given:
 
 def cascade(model: Model, s: SampleConfig) -> Given:
     """Every --stride-th frame, --scale times smaller: both observations at once (figure 2)."""
-    if not s.base:
-        x, frames = slow_clip(model, s)
-        return show_small(nothing(model, s, frames), s.stride, small(model, s, x))
-    x = drawn_by_base(model, s, s.scale, (s.frames - 1) // s.stride + 1)
-    return show_small(nothing(model, s, s.frames or (x.shape[2] - 1) * s.stride + 1), s.stride, x)
+    x, frames = slow_clip(model, s)
+    return show_small(nothing(model, s, frames), s.stride, small(model, s, x))
 
 
 def small(model: Model, s: SampleConfig, x: Tensor) -> Tensor:
-    """x made --scale times smaller. Raises ValueError if that cannot be, or latents are drawn."""
+    """x made --scale times smaller, as --base draws it. ValueError: that cannot be, or latents are drawn."""
     if model.autoencoder:
         raise ValueError(f"--mode {s.mode} is given small frames, and this model draws latents")
-    if x.shape[-1] % s.scale:
+    if not s.base and x.shape[-1] % s.scale:
         raise ValueError(f"--scale {s.scale} does not divide the model's {x.shape[-1]} pixels")
-    return smaller(x, s.scale)
+    return x if s.base else smaller(x, s.scale)
 
 
-def drawn_by_base(model: Model, s: SampleConfig, scale: int, frames: int) -> Tensor:
-    """The clips that --base draws of as many frames (0: its own length), scale times smaller than model's."""
+def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
+    """The clips that --base draws of as many frames (0: its own length), for cascade --scale times smaller."""
     base, fps, needed = load_model(find(s.base), model.device), s.fps, model.data
-    given, strides = base.data, base.data.frame_stride
+    given, strides, scale = base.data, base.data.frame_stride, s.scale if s.mode == "cascade" else 1
     if s.mode == "key_frames":
         step = (model.network.config.frames - 1) * min(needed.frame_stride)
         if step not in strides or len(strides) > 1 and not s.text:
@@ -111,9 +108,8 @@ def key_frames(model: Model, s: SampleConfig) -> Given:
     gap = model.network.config.frames - 1
     if s.frames and (s.frames - 1) % gap:
         raise ValueError(f"--frames {s.frames} must be 1 more than a multiple of {gap}, the way from key to key")
-    keys = ((s.frames or (0 if s.input or s.base else 4 * gap + 1)) - 1) // gap + 1  # 0: as many as there are
-    x = inside(model, drawn_by_base(model, s, 1, keys)) if s.base else source(model, s, keys, gap)
-    return gaps(model, s, x)
+    frames = s.frames or (0 if s.input or s.base else 4 * gap + 1)
+    return gaps(model, s, source(model, s, (frames - 1) // gap + 1, gap))
 
 
 def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
@@ -133,14 +129,18 @@ def joined(gaps: Tensor, clips: int) -> Tensor:
 
 
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
-    """One frame in --stride of the input or test split (B, C, n, H, W), and the whole video's frames."""
-    frames = s.frames or (0 if s.input else model.network.config.frames)
+    """One frame in --stride of a video, from source (B, C, n, H, W), and the frames of the whole."""
+    frames = s.frames or (0 if s.input or s.base else model.network.config.frames)
     x = source(model, s, (frames - 1) // s.stride + 1, s.stride)  # 0 of 0: all of them
     return x, frames or (x.shape[2] - 1) * s.stride + 1
 
 
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
-    """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
+    """The first frames (0: all) of what --base draws, of --input, or else of clips of the test split, at
+    stride; (B, C, frames, H, W).
+    """
+    if s.base:
+        return inside(model, drawn_by_base(model, s, frames))
     if not s.input:
         stride *= max(1, round(8 / s.fps)) if s.fps else min(model.data.frame_stride)
         data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
