@@ -1,7 +1,6 @@
 """Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read without running code."""
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import warnings
@@ -13,19 +12,28 @@ from typing import Any
 import torch
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of path once it is whole; if it fails, path is as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save(path: str | Path, content: dict[str, Any]) -> None:
     """Saves content (tensors, numbers, strings in dicts, lists, tuples) to path atomically.
 
     Raises OSError with one sentence if that fails, on a full disk say; what was at path is then intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some network drives refuse
             handle = os.open(path.parent, os.O_RDONLY)  # its new name is on the disk only when the folder is
             os.fsync(handle)
@@ -34,10 +42,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older checkpoints are "
-                      "intact") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older ones are intact") from None
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -107,6 +112,11 @@ def newest(*folders: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def find(path: str) -> Path:
+    """The checkpoint that a user's path means: the file, or the newest in a run's folder, else ValueError."""
+    return newest(Path(path)) if Path(path).is_dir() else Path(path)
+
+
 def publish(run: str | Path, out: str | Path, sampling: str = "") -> None:
     """Writes what sampling needs of a run's newest checkpoint to out: averaged weights in bf16, and settings.
 
@@ -116,25 +126,10 @@ def publish(run: str | Path, out: str | Path, sampling: str = "") -> None:
     content = load(newest(Path(run)))
     private = {"out", "resume", "data_dir", "init", "latent"} & set(content["settings"])  # paths
     settings = content["settings"] | dict.fromkeys(private, "")
-    save(out, {"settings": settings, "step": content["step"],
-               "sampling": json.loads(sampling) if sampling else content.get("sampling", {}),
-               **{key: {name: value.bfloat16() for name, value in content[key].items()}
-                  for key in ("ema", "autoencoder") if key in content}})
-
-
-def plain_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict without the prefixes that DistributedDataParallel, torch.compile and AveragedModel add."""
-    def plain(key: str) -> str:
-        while key.startswith(("module.", "_orig_mod.")):
-            key = key.split(".", 1)[1]
-        return key
-    return {plain(key): value for key, value in state.items() if key != "n_averaged"}
-
-
-def checksum(path: str | Path) -> str:
-    """SHA-256 of a file, as sha256sum prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    weights = {part: {name: value.bfloat16() for name, value in content[part].items()}
+               for part in ("ema", "autoencoder") if part in content}
+    save(out, {"settings": settings, "step": content["step"], **weights,
+               "sampling": json.loads(sampling) if sampling else content.get("sampling", {})})
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ enforces it. The presets carry the hyperparameters of the paper's appendix, and 
 import argparse
 import dataclasses
 import inspect
-import math
 import os
 import re
-import reprlib
 import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 _PAPER = dict(size=64, frames=16, channels=3, dim=256, dim_mults=(1, 2, 4, 8), blocks=2, head_dim=64,
@@ -90,8 +89,7 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise  # PyTorch's are known by name: this file does without torch
-        fail("out of memory: in training lower --batch_size (and raise --accumulate) or use --checkpointing, "
-             "in sampling lower --num")
+        fail("out of memory: lower --batch_size (raise --accumulate), use --checkpointing, or lower --num")
 
 
 def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
@@ -100,27 +98,21 @@ def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
     Raises ValueError if a value is not one that its flag would take.
     """
     try:
-        parts = [kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings})
-                 for kind in configs]
-    except (TypeError, ArithmeticError, RuntimeError):
-        raise ValueError("its settings are not of the types that flags have") from None
-    for part in parts:
-        for field, comment, _ in _documented_fields(type(part)):
-            if not _allowed(getattr(part, field.name), field.type, comment):
-                value = reprlib.repr(getattr(part, field.name))
-                raise ValueError(f"its setting {field.name} is {value}, which --{field.name} does not allow")
+        parts = _instances(settings, configs)
+        values = {name: value for part in parts for name, value in vars(part).items()}
+        typed = [f"--{'' if v else 'no-'}{name}" if isinstance(v, bool) else f"--{name}={_shown(v)}"
+                 for name, v in values.items()]
+        taken = vars(_parser(configs).parse_known_args(typed)[0])
+    except (argparse.ArgumentError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"its settings are not what flags take: {str(error):.200}") from None
+    if wrong := [name for name, value in values.items() if taken.get(name) != value]:
+        raise ValueError(f"its settings {', '.join(wrong)} are not of the types that flags have")
     return parts
 
 
-def _allowed(value: Any, kind: Any, comment: str) -> bool:
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    try:
-        return _converter(kind, comment)(_shown(value)) == value
-    except argparse.ArgumentTypeError:
-        return False
+def _instances(values: dict[str, Any], configs: Sequence[type]) -> list[Any]:
+    return [config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
+            for config in configs]
 
 
 def parse(*configs: type, argv: list[str] | None = None, first: Sequence[str] = (),
@@ -130,22 +122,21 @@ def parse(*configs: type, argv: list[str] | None = None, first: Sequence[str] = 
     A flag given by hand wins over defaults(given), those win over --preset, and that over the dataclass. Bad
     input ends the program with one sentence and exit status 2. --help lists the flags named in first first.
     """
-    given = vars(_parser(configs, first).parse_args(argv))
     try:
+        given = vars(_parser(configs, first).parse_args(argv))
         values = defaults(given) | given
         if (preset := values.get("preset", "cpu")) not in PRESETS:
             raise ValueError(f"--preset {preset} is not one of {', '.join(PRESETS)}")
         values = (PRESETS[preset] if "preset" in values else {}) | values
-        return [config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
-                for config in configs]
-    except ValueError as error:
+        return _instances(values, configs)
+    except (argparse.ArgumentError, ValueError) as error:
         fail(str(error))
 
 
-def _parser(configs: tuple[type, ...], first: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(configs: Sequence[type], first: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--FLAG VALUE ...]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110))
+        allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--FLAG VALUE ...]", formatter_class=partial(argparse.HelpFormatter, width=110))
     parser.error, groups, fields = fail, {}, {}
     for field, comment, title in (entry for config in configs for entry in _documented_fields(config)):
         fields.setdefault(field.name, (field, comment, title))
@@ -153,7 +144,7 @@ def _parser(configs: tuple[type, ...], first: Sequence[str]) -> argparse.Argumen
         field, comment, title = fields[name]
         title = "What everybody needs first" if name in first else title
         groups[title] = groups.get(title) or parser.add_argument_group(title)
-        text = f"{comment} (default: {_shown(field.default)})".replace("%", "%%")
+        text = f"{comment} (default: {_shown(field.default) or 'none'})".replace("%", "%%")
         groups[title].add_argument(f"--{name}", help=text, **_kind_of(field, comment))
     return parser
 
@@ -177,7 +168,7 @@ def _documented_fields(config: type) -> list[tuple[dataclasses.Field, str, str]]
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value) or "none"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _converter(kind: Any, comment: str) -> Callable[[str], Any]:
@@ -188,25 +179,21 @@ def _converter(kind: Any, comment: str) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             return tuple(one(part) for part in text.split(",")) if number is not kind else one(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             allowed = f" in {interval[0]}" if interval else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {_NAMES[kind]}{allowed}") from None
 
     def one(text: str) -> Any:
         value = number(text)
-        if interval and not _inside(value, interval):
-            raise ValueError
+        if interval:
+            low, high = float(interval[2]), float(interval[3])
+            above = value > low or value == low and interval[1] == "["
+            below = value < high or value == high and interval[4] == "]"
+            if not (above and below):
+                raise ValueError
         return value
 
     return convert
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "text",
-          tuple[int, ...]: "a list of whole numbers (1,2,4)"}
-
-
-def _inside(value: float, interval: re.Match) -> bool:
-    low, high = float(interval[2]), float(interval[3])
-    above = value >= low if interval[1] == "[" else value > low
-    below = value <= high if interval[4] == "]" else value < high
-    return math.isfinite(value) and above and below
+_NAMES = {int: "a whole number", float: "a number", str: "text", tuple[int, ...]: "a list of numbers (1,2,4)"}

@@ -196,14 +196,20 @@ def video_folder(config: DataConfig) -> list[tuple[Path, str]]:
     if not config.data_dir or not (root := Path(config.data_dir)).is_dir():
         raise ValueError(f"data_dir is {config.data_dir!r}, but video_folder needs a folder of clips")
     root, paths = _split(root, config.split)
-    faults = {path: _fault(config, path) for path in paths}
-    bad = [fault for fault in faults.values() if fault]
+    needed, clips, bad = (config.frames - 1) * max(config.frame_stride) + 1, [], []
+    for path in paths:
+        try:
+            if (frames := decode_cached(path, config.size, config.channels).shape[1]) < needed:
+                raise ValueError(f"{path}: {frames} frames, {needed} needed")
+            clips.append((path, _caption(path, root)))
+        except ValueError as error:
+            bad.append(str(error))
     report = f"skipped {len(bad)} of {len(paths)} clips: {'; '.join(bad)}" if bad else "there is none"
-    if len(bad) == len(paths):
+    if not clips:
         raise ValueError(f"no usable clip for the {config.split} split in {root}: {report}")
     if bad:
         print(report, file=sys.stderr)
-    return [(path, _caption(path, root)) for path in paths if not faults[path]]
+    return clips
 
 
 def _split(root: Path, split: str) -> tuple[Path, list[Path]]:
@@ -226,15 +232,6 @@ def _caption(clip: Path, root: Path) -> str:
     text = clip.parent / f"{clip.name if clip.is_dir() else clip.stem}.txt"
     label = "" if root in (clip, clip.parent) else clip.parent.name
     return " ".join(text.read_text("utf-8-sig", "replace").split()) if text.is_file() else label
-
-
-def _fault(config: DataConfig, path: Path) -> str:
-    needed = (config.frames - 1) * max(config.frame_stride) + 1
-    try:
-        frames = decode_cached(path, config.size, config.channels).shape[1]
-        return "" if frames >= needed else f"{path}: {frames} frames, {needed} needed"
-    except ValueError as error:
-        return str(error)
 
 
 def _folder_clips(clips: list, config: DataConfig, n: int, rng, device, beside=None) -> tuple:

@@ -87,8 +87,8 @@ def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size),
-                         Image.Resampling.BILINEAR)
+    image = image.convert("L" if channels == 1 else "RGB")
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels)
 
 

@@ -57,23 +57,21 @@ class SampleConfig:
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
 
     def __post_init__(self):
-        keys = self.mode == "key_frames"
-        for wrong, sentence in (
-                (self.sampler != "ancestral" and (self.delta or self.gamma),
-                 f"--delta and --gamma belong to --sampler ancestral, not {self.sampler}"),
-                (self.w and not self.text,
-                 "--w guides towards a caption: it needs --text and a model trained with captions"),
-                (self.fps and not self.text, "--fps is said after a caption: it needs --text"),
-                (self.fps and keys, "--fps is not for key frames, which have their own speed"),
-                (keys and (self.method == "replacement" or self.w_r),
-                 "--method and --w_r steer towards given frames, and a model trained with --keys sees them"),
-                (self.mode in SMALL and self.method == "replacement",
-                 f"--method replacement replaces whole frames, and --mode {self.mode} is given small ones"),
-                (self.base and self.mode not in ("cascade", "key_frames"),
-                 f"--base belongs to --mode cascade and key_frames, not {self.mode}"),
-                (self.input and (self.base or self.mode == "generate"),
-                 "--input is for modes that are given frames: not generate, nor with --base")):
-            if wrong:
+        keys, replaces = self.mode == "key_frames", self.method == "replacement"
+        for sentence, broken in {
+                "--delta and --gamma belong to --sampler ancestral":
+                    self.sampler != "ancestral" and (self.delta or self.gamma),
+                "--w guides towards a caption: it needs --text and a model trained with captions":
+                    self.w and not self.text,
+                "--fps is said after a caption: it needs --text": self.fps and not self.text,
+                "--fps is not for key frames, which have their own speed": self.fps and keys,
+                "--method and --w_r steer towards given frames, and a model trained with --keys sees them":
+                    keys and (replaces or self.w_r),
+                "--method replacement replaces whole frames, not small ones": replaces and self.mode in SMALL,
+                "--base is for modes cascade, key_frames": self.base and not keys and self.mode != "cascade",
+                "--input is for modes that are given frames: not generate, nor with --base":
+                    self.input and (self.base or self.mode == "generate")}.items():
+            if broken:
                 raise ValueError(sentence)
 
 
@@ -153,7 +151,7 @@ def load_model(path: Path, device: torch.device) -> Model:
     return Model(network, data, diffusion, text, device, coder, sampling)
 
 
-def text_guided(model: Model, s: SampleConfig, given: "Given") -> Denoiser:
+def text_guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
     """The model's denoiser for --text, with classifier-free guidance of weight --w; c = 0 without a text."""
     network, clips = model.network, len(given.x)
     if network.config.keys:
@@ -219,8 +217,7 @@ def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
 def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: torch.Generator) -> Tensor:
     """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
     known, constrain = given.known[:, None, None], identity
-    if model.network.config.keys:
-        known = torch.zeros_like(known)  # its denoiser knows them
+    known = known & (not model.network.config.keys)  # whose denoiser knows them
     if known.any():
         constrain = replacement(given.x.clone(), known, noise)
     if given.low is not None or known.any() and s.method == "reconstruction":

@@ -31,11 +31,7 @@ class Machine:
 
     def any(self, here: bool) -> bool:
         """Whether it holds on any process; all of them must ask."""
-        if self.world == 1:
-            return here
-        told = torch.tensor(float(here), device=self.device)
-        dist.all_reduce(told)
-        return told.item() > 0
+        return here if self.world == 1 else self.mean(torch.tensor(float(here), device=self.device)) > 0
 
     def mean(self, here: torch.Tensor) -> float:
         """The mean of a number over all processes; all of them must ask."""
@@ -48,9 +44,8 @@ class Machine:
         return self.world > 1 and bool(re.search("[Cc]onnection|[Tt]imed? ?out|peer|remote", str(error)))
 
     def __str__(self) -> str:
-        cuda = self.device.type == "cuda"
-        name = (torch.cuda.get_device_name(self.device) if cuda
-                else f"CPU with {torch.get_num_threads()} threads")
+        names = {"cpu": f"CPU with {torch.get_num_threads()} threads", "mps": "Apple's GPU"}
+        name = names.get(self.device.type) or torch.cuda.get_device_name(self.device)
         return f"{self.world} x {name}, {'bf16' if self.bf16() else 'float32'}"
 
 
@@ -65,7 +60,7 @@ def find_device(name: str) -> torch.device:
     if kind not in there or index and not index.isdecimal():
         raise ValueError(f"--device {name} is not supported: auto, cpu, cuda, cuda:N or mps")
     if int(index or 0) >= there[kind]:
-        raise ValueError(f"--device {name} was given, but PyTorch finds {there[kind]} {kind.upper()} devices here")
+        raise ValueError(f"--device {name} was given, but PyTorch finds {there[kind]} such devices here")
     return torch.device(name)
 
 
@@ -73,17 +68,15 @@ def start(device: str, precision: str, threads: int) -> Machine:
     """The Machine of --device, --precision and --threads; joins the process group if torchrun made one."""
     if threads:
         torch.set_num_threads(threads)
-    machine = Machine(find_device(device), precision)
-    cuda, parallel = machine.device.type == "cuda", "RANK" in os.environ  # set by torchrun
-    if cuda and parallel:
-        machine.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    if cuda and machine.device.index:
-        torch.cuda.set_device(machine.device)  # for what asks no further, such as torch.cuda.synchronize()
+    found, parallel = find_device(device), "RANK" in os.environ  # set by torchrun
+    if parallel and found.type == "cuda":
+        found = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if found.index:
+        torch.cuda.set_device(found)  # for what asks no further, such as torch.cuda.synchronize()
     if not parallel:
-        return machine
-    dist.init_process_group("nccl" if cuda else "gloo")
-    machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
-    return machine
+        return Machine(found, precision)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    return Machine(found, precision, dist.get_rank(), dist.get_world_size())
 
 
 def stop_signals() -> list[int]:

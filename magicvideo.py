@@ -81,8 +81,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         q = rearrange(self.q(self.norm(x)), "bf (heads d) h w -> bf heads (h w) d", heads=self.heads)
-        k, v = (rearrange(layer(tokens), "bf l (heads d) -> bf heads l d", heads=self.heads)
-                for layer in (self.k, self.v))
+        k, v = (rearrange(y, "bf l (heads d) -> bf heads l d", heads=self.heads)
+                for y in (self.k(tokens), self.v(tokens)))
         scores = (q @ k.mT).float() / q.shape[-1] ** 0.5
         padding = (tokens == 0).all(-1)[:, None, None]
         p = scores.masked_fill(padding, -1e4).softmax(-1).to(v.dtype)  # finite: c = 0 is all padding
@@ -139,8 +139,7 @@ class MagicVideo(UNet3D):
         """UNet3D's, then each frame's caption ((b f), l - 1, cond_dim) and the number of image frames."""
         frames, known = z.shape[2], self.config.frames
         if frames - num_images > known:
-            raise ValueError(f"a clip of {frames - num_images} frames was given to a MagicVideo network, and "
-                             f"its adaptors know {known}")
+            raise ValueError(f"a clip of {frames - num_images} frames was given, and its adaptors know {known}")
         tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
         if tokens is not None:
             tokens = per_frame(tokens[:, :, :-1], frames).flatten(0, 1)

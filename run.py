@@ -5,8 +5,8 @@ on (--seed, i) alone, so that weights, Adam's state and the step make a resumed 
 """
 import contextlib
 import json
-import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +70,7 @@ class Settings:
     text: TextConfig
     autoencoder: AutoencoderConfig
     train: TrainConfig
-    resumed: dict[str, Any] = field(default_factory=dict)  # flat settings of the run resumed, if one is
+    before: dict[str, Any] = field(default_factory=dict)  # flat, what --resume, --init and --latent say
 
     @property
     def network(self) -> MagicVideoConfig:
@@ -83,8 +83,8 @@ class Settings:
         return {name: value for part in parts for name, value in vars(part).items()}
 
     def changes(self) -> str:
-        """The flags that differ from the resumed run's, each with both values; "" if none does."""
-        return ", ".join(f"--{name} {now} (was {was})" for name, was in self.resumed.items()
+        """The flags that differ from what the run goes on from, each with both values; "" if none does."""
+        return ", ".join(f"--{name} {now} (was {was})" for name, was in self.before.items()
                          if (now := self.flat().get(name)) != was and name not in ("out", "resume"))
 
 
@@ -98,65 +98,77 @@ class State:
     autoencoder: Autoencoder | None = None  # with --latent: frozen, it travels in the checkpoint
 
 
+PARTS = DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig
+
+
 def settings(argv: list[str] | None = None) -> Settings:
     """The settings: flags given by hand, else the run's that is resumed or whose latents are diffused, else
     the preset's for the hardware. Bad ones end the program with one sentence.
     """
-    parts = (DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig)
-    resumed = {}
+    before = {}
 
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         if not given.get("resume"):
+            before.update(start_of(given.get("init"), given.get("latent")))
             cuda = find_device(given.get("device", "auto")).type == "cuda"
-            hardware = {"preset": "cuda" if cuda else "cpu"}
-            return hardware | start_of(given.get("init"), given.get("latent"))
-        for name in ("preset", "init", "latent"):
-            if name in given:
-                raise ValueError(f"--{name} chooses what a new run starts from; it cannot be given with "
-                                 "--resume")
-        path = checkpoint.newest(Path(given["resume"]))
-        content = checkpoint.load(path)
-        if not isinstance(content.get("settings"), dict) or not {"optimizer", "step"} <= set(content):
-            raise ValueError(f"{path} holds no run that can be resumed")
-        resumed.update(Settings(*config.rebuild(content["settings"], *parts)).flat())
-        return resumed | {"out": given["resume"]}
+            return {"preset": "cuda" if cuda else "cpu"} | before
+        for name in {"preset", "init", "latent"} & set(given):
+            raise ValueError(f"--{name} chooses what a new run starts from; it cannot be given with --resume")
+        before.update(stored("resume", given["resume"])[1].flat())
+        return before | {"out": given["resume"]}
 
-    s = Settings(*config.parse(*parts, argv=argv, first=FIRST, defaults=defaults), resumed)
-    if s.train.arch == "autoencoder":
-        in_latents(s.unet, s.autoencoder)
-    else:
+    s = Settings(*config.parse(*PARTS, argv=argv, first=FIRST, defaults=defaults), before)
+    if s.train.arch != "autoencoder":
         s.network.heights()
-    if s.train.arch == "autoencoder" and (s.train.latent or s.train.dry_run or s.unet.keys):
-        raise ValueError("--latent, --keys and --dry_run are for networks that diffuse, not for --arch "
-                         "autoencoder")
+    elif s.train.latent or s.train.dry_run or s.unet.keys:
+        raise ValueError("--latent, --keys and --dry_run are for networks that diffuse, not autoencoders")
+    else:
+        in_latents(s.unet, s.autoencoder)
     if s.train.latent and s.diffusion.prediction == "eps":
         raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
     return s
 
 
-def load_weights(flag: str, path: str, coder: bool) -> dict[str, Any]:
-    """The checkpoint in a file or a run's folder, of an autoencoder or else of a network; else ValueError."""
-    content = checkpoint.load(checkpoint.newest(Path(path)) if Path(path).is_dir() else path)
+def stored(flag: str, path: str) -> tuple[dict[str, Any], Settings]:
+    """The checkpoint that --resume, --init or --latent names, and its settings. Raises ValueError if it is
+    not of the kind that the flag needs.
+    """
+    file = checkpoint.newest(Path(path)) if flag == "resume" else checkpoint.find(path)
+    content = checkpoint.load(file)
     found = content.get("settings")
-    if not isinstance(found, dict) or "ema" not in content or (found.get("arch") == "autoencoder") != coder:
-        what = "autoencoder; train.py --arch autoencoder trains one" if coder else "network that diffuses"
-        raise ValueError(f"--{flag} {path} holds no {what}")
-    return content
+    coder = isinstance(found, dict) and found.get("arch") == "autoencoder"
+    fits, what = {
+        "resume": ({"optimizer", "step"} <= set(content), "run that can be resumed"),
+        "init": ("ema" in content and not coder, "network that diffuses"),
+        "latent": ("ema" in content and coder, "autoencoder; train.py --arch autoencoder trains one")}[flag]
+    if not isinstance(found, dict) or not fits:
+        raise ValueError(f"--{flag} {file} holds no {what}")
+    return content, Settings(*config.rebuild(found, *PARTS))
 
 
 def start_of(init: str | None, latent: str | None) -> dict[str, Any]:
     """What a new run takes over: all of the network whose weights it begins with but how it was trained, and
     the autoencoder whose latents it diffuses.
     """
-    found = []
+    taken = {}
     if init:
-        stored = load_weights("init", init, False)["settings"]
-        found += config.rebuild(stored, MagicVideoConfig, DiffusionConfig, TextConfig)
+        s = stored("init", init)[1]
+        taken |= vars(s.unet) | vars(s.diffusion) | vars(s.text) | {"arch": s.train.arch}
     if latent:
-        found += config.rebuild(load_weights("latent", latent, True)["settings"], AutoencoderConfig)
-    taken = {name: value for part in found for name, value in vars(part).items()
-             if name not in ("dropout", "checkpointing")}
-    return taken | ({"arch": config.rebuild(stored, TrainConfig)[0].arch} if init else {})
+        taken |= vars(stored("latent", latent)[1].autoencoder)
+    return {name: value for name, value in taken.items() if name not in ("dropout", "checkpointing")}
+
+
+@contextlib.contextmanager
+def weights(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
+    """What the checkpoint of a flag holds, to be loaded; weights that do not fit are one ValueError."""
+    path = getattr(s.train, flag)
+    content, _ = stored(flag, path)
+    try:
+        yield content
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"--{flag} {path} holds another network: {s.changes() or 'no flag explains it'}; "
+                         f"{'resume' if s.train.resume else 'start'} without flags that change it") from None
 
 
 def build(s: Settings, device: torch.device) -> State:
@@ -165,44 +177,24 @@ def build(s: Settings, device: torch.device) -> State:
     coder = s.train.arch == "autoencoder"
     model = Autoencoder(s.autoencoder) if coder else magicvideo.build(s.train.arch, s.network)
     if s.train.init and not s.train.resume:
-        begin(model, s)
+        with weights("init", s) as content:
+            model.load_state_dict(content["ema"])
     model = model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
                                   weight_decay=s.train.weight_decay, fused=True)
     state = State(model, ema, optimizer)
     if s.train.resume:
-        path = checkpoint.newest(Path(s.train.resume))
-        try:
-            content = checkpoint.load(path)
+        with weights("resume", s) as content:
             restore(state, content)
             if s.train.latent:
                 state.autoencoder = frozen(s.autoencoder, content["autoencoder"], device)
-        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"{path} holds another network: {s.changes() or 'no flag explains it'}; resume "
-                             "without flags that change it") from None
     elif s.train.latent:
-        state.autoencoder = measured(s, device)
+        with weights("latent", s) as content:
+            state.autoencoder = frozen(s.autoencoder, content["ema"], device)
+        clips = next(batches(replace(s.data, num_images=0), 64, s.train.seed))[0]
+        state.autoencoder.measure(clips.to(device))  # so that latents have unit variance
     return state
-
-
-def begin(model: nn.Module, s: Settings) -> None:
-    """Puts the averaged weights of --init into the network."""
-    try:
-        model.load_state_dict(load_weights("init", s.train.init, False)["ema"])
-    except (RuntimeError, TypeError, AttributeError):
-        raise ValueError(f"--init {s.train.init} holds another network than the flags say") from None
-
-
-def measured(s: Settings, device: torch.device) -> Autoencoder:
-    """The autoencoder of --latent, with the scale that gives the latents of 64 clips unit variance."""
-    try:
-        model = frozen(s.autoencoder, load_weights("latent", s.train.latent, True)["ema"], device)
-    except (RuntimeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"--latent {s.train.latent} holds another autoencoder than the flags say") from None
-    clips = replace(s.data, num_images=0)
-    model.measure(next(batches(clips, 64, s.train.seed))[0].to(device))
-    return model
 
 
 def ema_update(decay: float) -> Callable:
@@ -219,7 +211,7 @@ def save(state: State, s: Settings) -> Path:
     folder = Path(s.train.out)
     checkpoint.save(path := folder / f"checkpoint_{state.step:08d}.pt", {
         "settings": s.flat(), "step": state.step,
-        "model": state.model.state_dict(), "ema": checkpoint.plain_keys(state.ema.state_dict()),
+        "model": state.model.state_dict(), "ema": state.ema.module.state_dict(),
         "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict(),
         "sampling": config.SAMPLING[s.train.preset],
         **({"autoencoder": state.autoencoder.state_dict()} if state.autoencoder else {})})
@@ -241,33 +233,17 @@ def restore(state: State, content: dict[str, Any]) -> None:
 # ---- what a run writes down for people: metrics.jsonl, a line every so many steps ------------------------
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes text to path whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def log(folder: Path, values: dict[str, float]) -> None:
-    """Adds one line to the run's metrics.jsonl."""
+    """Adds one line, which begins with the step, to the run's metrics.jsonl."""
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(values) + "\n")
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of the run's metrics.jsonl, without any that a crash left torn."""
-    path, lines = folder / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            if isinstance(values := json.loads(line), dict) and "step" in values:
-                lines.append(values)
-    return lines
-
-
 def forget_log(folder: Path, step: int) -> None:
-    """Drops the lines after step from metrics.jsonl: a resumed run takes those steps again."""
-    kept = [values for values in read_log(folder) if values["step"] <= step]
-    write_whole(folder / "metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept))
+    """Drops lines that a crash left torn from metrics.jsonl, and those after step, which is taken again."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = re.finditer(r'^\{"step": (\d+)[^{}\n]*\}$', text, re.M)
+    kept = [line[0] + "\n" for line in lines if int(line[1]) <= step]
+    with checkpoint.replacing(path) as file:
+        file.write_text("".join(kept))

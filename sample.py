@@ -3,10 +3,9 @@
 Every mode is one question, given some frames, or some frames made small, draw the rest: so a mode only makes
 a Given, which infill.py answers.
 """
-import dataclasses
 import itertools
 import json
-import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,7 @@ def predict(model: Model, s: SampleConfig) -> Given:
     """The first --overlap frames (Eq. 7)."""
     k = steered(model, s)
     if not 0 < k < (frames := s.frames or model.network.config.frames):
-        raise ValueError(f"--mode predict draws what follows {k} of {frames} frames: give other --frames or "
-                         "--overlap, or a model of two frames or more")
+        raise ValueError(f"--mode predict draws what follows {k} of {frames} frames: give other --frames")
     return show(nothing(model, s, frames), slice(0, k), source(model, s, k))
 
 
@@ -58,8 +56,7 @@ def steered(model: Model, s: SampleConfig) -> int:
     """The frames that predict is given and blocks share; ValueError if --w_r cannot steer those after them."""
     directed = isinstance(model.network, MagicVideo) and model.network.config.mask == "before"
     if s.w_r and s.method == "reconstruction" and directed:
-        raise ValueError(f"--w_r steers no frame that --mode {s.mode} draws with this network: give --method "
-                         "replacement")
+        raise ValueError(f"--w_r steers no frame that --mode {s.mode} draws here: give --method replacement")
     return overlap(model, s)
 
 
@@ -77,35 +74,32 @@ def super_resolve(model: Model, s: SampleConfig) -> Given:
 
 def cascade(model: Model, s: SampleConfig) -> Given:
     """Every --stride-th frame, --scale times smaller: both observations at once (figure 2)."""
-    if not s.base:
-        x, frames = slow_clip(model, s)
-        return show_small(nothing(model, s, frames), s.stride, small(model, s, x))
-    x = drawn_by_base(model, s, s.scale, (s.frames - 1) // s.stride + 1)
-    return show_small(nothing(model, s, s.frames or (x.shape[2] - 1) * s.stride + 1), s.stride, x)
+    x, frames = slow_clip(model, s)
+    return show_small(nothing(model, s, frames), s.stride, small(model, s, x))
 
 
 def small(model: Model, s: SampleConfig, x: Tensor) -> Tensor:
-    """x made --scale times smaller. Raises ValueError if that cannot be, or latents are drawn."""
+    """x made --scale times smaller, as --base draws it. ValueError: that cannot be, or latents are drawn."""
     if model.autoencoder:
         raise ValueError(f"--mode {s.mode} is given small frames, and this model draws latents")
-    if x.shape[-1] % s.scale:
+    if not s.base and x.shape[-1] % s.scale:
         raise ValueError(f"--scale {s.scale} does not divide the model's {x.shape[-1]} pixels")
-    return smaller(x, s.scale)
+    return x if s.base else smaller(x, s.scale)
 
 
-def drawn_by_base(model: Model, s: SampleConfig, scale: int, frames: int) -> Tensor:
-    """The clips that --base draws of as many frames (0: its own length), scale times smaller than model's."""
-    base = load_model(find(s.base), model.device)
+def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
+    """The clips that --base draws of as many frames (0: its own length), for cascade --scale times smaller."""
+    base, fps, needed = load_model(find(s.base), model.device), s.fps, model.data
+    given, strides, scale = base.data, base.data.frame_stride, s.scale if s.mode == "cascade" else 1
     if s.mode == "key_frames":
-        step = (model.network.config.frames - 1) * min(model.data.frame_stride)
-        if step not in (strides := base.data.frame_stride) or len(strides) > 1 and not s.text:
+        step = (model.network.config.frames - 1) * min(needed.frame_stride)
+        if step not in strides or len(strides) > 1 and not s.text:
             raise ValueError(f"--base must know --frame_stride {step}, and if it knows others too, --text")
-        s = dataclasses.replace(s, mode="generate", base="", fps=8 / step * (len(strides) > 1))
-    expect(base, s := dataclasses.replace(s, mode="generate", base=""))
-    given, needed = base.data, model.data
+        fps = 8 / step * (len(strides) > 1)
+    expect(base, s := replace(s, mode="generate", base="", fps=fps))
     if (given.size * scale, given.channels) != (needed.size, needed.channels):
-        raise ValueError(f"--base draws frames of {given.channels} x {given.size} px, but "
-                         f"{needed.channels} x {needed.size // scale} px are needed")
+        raise ValueError(f"--base draws {given.channels} x {given.size} px, not the {needed.channels} x "
+                         f"{needed.size // scale} px that are needed")
     return fill(base, s, nothing(base, s, frames or base.network.config.frames))
 
 
@@ -114,11 +108,8 @@ def key_frames(model: Model, s: SampleConfig) -> Given:
     gap = model.network.config.frames - 1
     if s.frames and (s.frames - 1) % gap:
         raise ValueError(f"--frames {s.frames} must be 1 more than a multiple of {gap}, the way from key to key")
-    if s.base:
-        x = drawn_by_base(model, s, 1, s.frames and (s.frames - 1) // gap + 1)
-        return gaps(model, s, inside(model, x))
-    frames = s.frames or (0 if s.input else 4 * gap + 1)
-    return gaps(model, s, slow_clip(model, dataclasses.replace(s, stride=gap, frames=frames))[0])
+    frames = s.frames or (0 if s.input or s.base else 4 * gap + 1)
+    return gaps(model, s, source(model, s, (frames - 1) // gap + 1, gap))
 
 
 def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
@@ -127,7 +118,7 @@ def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
     if keys.shape[2] < 2:
         raise ValueError("one key frame has no neighbour: --frames must be more, or --input longer")
     pairs = rearrange([keys[:, :, :-1], keys[:, :, 1:]], "two b c n h w -> (n b) c two h w")
-    whole = nothing(model, dataclasses.replace(s, num=len(pairs)), length := model.network.config.frames)
+    whole = nothing(model, replace(s, num=len(pairs)), length := model.network.config.frames)
     return show(whole, slice(None, None, length - 1), pairs)
 
 
@@ -138,18 +129,21 @@ def joined(gaps: Tensor, clips: int) -> Tensor:
 
 
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
-    """One frame in --stride of the input or test split (B, C, n, H, W), and the whole video's frames."""
-    frames = s.frames or (0 if s.input else model.network.config.frames)
-    x = source(model, s, (frames - 1) // s.stride + 1 if frames else 0, s.stride)
+    """One frame in --stride of a video, from source (B, C, n, H, W), and the frames of the whole."""
+    frames = s.frames or (0 if s.input or s.base else model.network.config.frames)
+    x = source(model, s, (frames - 1) // s.stride + 1, s.stride)  # 0 of 0: all of them
     return x, frames or (x.shape[2] - 1) * s.stride + 1
 
 
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
-    """The first frames (0: all) of --input, or of clips of the test split at stride; (B, C, frames, H, W)."""
+    """The first frames (0: all) of what --base draws, of --input, or else of clips of the test split, at
+    stride; (B, C, frames, H, W).
+    """
+    if s.base:
+        return inside(model, drawn_by_base(model, s, frames))
     if not s.input:
-        own = round(8 / s.fps) if s.fps else min(model.data.frame_stride)
-        data = dataclasses.replace(model.data, split="test", frames=frames, num_images=0,
-                                   frame_stride=(max(1, own) * stride,))
+        stride *= max(1, round(8 / s.fps)) if s.fps else min(model.data.frame_stride)
+        data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
         return inside(model, next(batches(data, s.num, s.seed))[0])
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
@@ -172,13 +166,12 @@ MODES = {mode.__name__: mode for mode in (
 def find(path: str, keys: bool = False) -> Path:
     """The checkpoint that a file, a run's folder or "" means: the newest run's, else pretrained/'s first."""
     if path:
-        return checkpoint.newest(Path(path)) if Path(path).is_dir() else Path(path)
+        return checkpoint.find(path)
     weights = "interpolate*.pt" if keys else "moving_mnist*.pt"
     shipped = sorted((Path(__file__).parent / "pretrained").glob(weights))
     runs = [folder for folder in Path("runs").glob("*") if draws(folder, keys)]
     if not runs and not shipped:
-        raise ValueError("there is no checkpoint in runs/ or pretrained/; train one with "
-                         "python train.py --dataset moving_mnist, or name one with --checkpoint")
+        raise ValueError("there is no checkpoint in runs/ or pretrained/: train one or give --checkpoint")
     return checkpoint.newest(*runs) if runs else shipped[0]
 
 
@@ -195,8 +188,7 @@ def draws(run: Path, keys: bool) -> bool:
 def expect(model: Model, s: SampleConfig) -> None:
     """Raises ValueError if the model is not of the kind that --mode needs."""
     if (s.mode == "key_frames") != model.network.config.keys:
-        raise ValueError("--mode key_frames needs a model trained with --keys, and a model trained so knows no "
-                         "other mode")
+        raise ValueError("--mode key_frames needs a model trained with --keys, which knows no other mode")
 
 
 TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"), ("method", "w_r"),
@@ -221,8 +213,7 @@ def main() -> None:
     model = load_model(path := find(typed.checkpoint, typed.mode == "key_frames"), machine.device)
     s, = config.parse(SampleConfig, first=FIRST, defaults=partial(carried, model.sampling))
     expect(model, s)
-    taken = [f"--{name} {shlex.quote(str(value))}" for name, value in vars(s).items()
-             if value != getattr(typed, name)]
+    taken = [f"--{name} {value}" for name, value in vars(s).items() if value != getattr(typed, name)]
     print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px"
           + f"; chosen with it: {' '.join(taken)}" * bool(taken))
     with machine.autocast():
@@ -230,7 +221,7 @@ def main() -> None:
         Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
         if s.base:  # which drew with this seed already, and what the text says
             silent = {} if model.text.cond_dim else {"text": "", "w": 0.0}
-            s = dataclasses.replace(s, seed=s.seed + 1, **silent)
+            s = replace(s, seed=s.seed + 1, **silent)
         video = fill(model, s, given)
     marks = given.known if given.low is None else given.known | given.low_known
     if s.mode == "key_frames":

@@ -177,7 +177,7 @@ def test_what_is_diffused_are_scaled_latents_of_clean_frames(coder, monkeypatch)
     built = train.build(s, CPU.device)
     x, _ = next(batches(s.data, 2, 0))
     monkeypatch.setattr(train, "loss", lambda network, z, *rest: seen.append(z) or z.mean(0) * 0)
-    stream = train.clean(iter([(x, [["a"], ["b"]])]), built, CPU)
+    stream = train.clean(iter([(x, [["a"], ["b"]])]), built)
     train.micro_batch_loss(built.model, next(stream), 0, s, CPU)
     expected = built.autoencoder.encode(x)[0] * built.autoencoder.scale
     assert torch.equal(seen[0], expected) and seen[0].shape == (2, 4, 5, 4, 4)

@@ -1,5 +1,4 @@
 """Checkpoints come back as they were written, or as one sentence, whatever happened to the file between."""
-import hashlib
 import os
 import pickle
 import random
@@ -7,7 +6,6 @@ import runpy
 import subprocess
 import sys
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -88,13 +86,6 @@ def test_parameters_are_saved_without_their_graph(tmp_path):
 def test_a_path_may_be_a_string(tmp_path):
     checkpoint.save(str(tmp_path / "x.pt"), CONTENT)
     assert equal(checkpoint.load(str(tmp_path / "x.pt")), CONTENT)
-
-
-def test_the_checksum_is_that_of_the_file_and_tells_contents_apart(tmp_path):
-    checkpoint.save(tmp_path / "x.pt", CONTENT)
-    checkpoint.save(tmp_path / "y.pt", CONTENT | {"step": 4})
-    one, other = (checkpoint.checksum(tmp_path / name) for name in ("x.pt", "y.pt"))
-    assert one == hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest() != other
 
 
 # ---- written whole or not at all ---------------------------------------------------------------------------
@@ -213,7 +204,7 @@ def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path):
     assert refused(path) and not (tmp_path / "harm").exists()
 
 
-# ---- the newest, and names of parameters -------------------------------------------------------------------
+# ---- the newest --------------------------------------------------------------------------------------------
 
 
 def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
@@ -230,19 +221,6 @@ def test_a_folder_without_a_checkpoint_is_one_sentence(tmp_path):
         checkpoint.newest(tmp_path)
     with pytest.raises(ValueError):
         checkpoint.newest(tmp_path / "missing")
-
-
-def test_the_prefixes_of_wrappers_are_taken_off_the_names():
-    state = OrderedDict({"module.a.weight": 1, "_orig_mod.b": 2, "module._orig_mod.module.c": 3,
-                         "d.module.e": 4, "f._orig_mod.g": 5, "modules.h": 6, "n_averaged": 7})
-    assert checkpoint.plain_keys(state) == {"a.weight": 1, "b": 2, "c": 3, "d.module.e": 4,
-                                            "f._orig_mod.g": 5, "modules.h": 6}
-
-
-def test_averaged_weights_fit_the_plain_network():
-    model = nn.Sequential(nn.Linear(2, 2))
-    averaged = torch.optim.swa_utils.AveragedModel(nn.DataParallel(model))
-    model.load_state_dict(checkpoint.plain_keys(averaged.state_dict()))
 
 
 # ---- a checkpoint to give away ------------------------------------------------------------------------------

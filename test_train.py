@@ -259,8 +259,16 @@ def test_the_learning_rate_warms_up_and_follows_half_a_cosine(whole: Recorded) -
 
 
 def test_the_constant_learning_rate_stays_after_warm_up() -> None:
-    factor = train.lr_factor(train.TrainConfig(steps=100, warmup=4, decay="constant"))
-    assert [factor(step) for step in (0, 1, 3, 4, 50, 99)] == pytest.approx([0.25, 0.5, 1, 1, 1, 1])
+    constant = train.TrainConfig(steps=100, warmup=4, decay="constant")
+    assert [train.lr_factor(constant, step) for step in (0, 1, 3, 4, 50, 99)] == pytest.approx([0.25, 0.5, 1, 1, 1, 1])
+
+
+def test_averaged_weights_fit_the_plain_network(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", nn.DataParallel)  # which, too, puts a prefix before the names
+    content = fitted([*TINY, "--steps", 1, "--compile"], tmp_path / "run")
+    plain = train.build(train.settings(TINY), CPU.device).model
+    for weights in (content["model"], content["ema"]):
+        plain.load_state_dict(weights)
 
 
 def test_the_averaged_weights_are_those_of_a_loop_by_hand_with_warm_up(whole: Recorded) -> None:
@@ -452,7 +460,7 @@ def test_training_works_with(flags: str, tmp_path: Path) -> None:
 
 def test_an_unconditional_run_has_no_text_in_its_network() -> None:
     s = train.settings([*TINY, "--cond_dim", "0"])
-    assert train.condition([["a 4"]], s.text) is None
+    assert train.condition([["a 4"]], s.text, CPU.device) is None
     names = {name for name, _ in UNet3D(s.unet).named_parameters()}
     conditional = {name for name, _ in UNet3D(train.settings(TINY).unet).named_parameters()}
     assert conditional - names == {"embedding.query", "embedding.value.weight"} and names < conditional

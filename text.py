@@ -31,8 +31,7 @@ def embed(captions: list[str], config: TextConfig) -> Tensor:
     or of another width.
     """
     encode, parts = _words if config.encoder == "words" else _bert, [SPEED.fullmatch(c) for c in captions]
-    return torch.stack([torch.cat([encode(part[1], config)[:-1], _wave(part[2], config.cond_dim)])
-                        for part in parts])
+    return torch.stack([torch.cat([encode(p[1], config)[:-1], _wave(p[2], config.cond_dim)]) for p in parts])
 
 
 SPEED = re.compile(r"(.*?)(?: at (\d{1,4}(?:\.\d*)?(?:e-\d+)?) fps)?", re.DOTALL)
@@ -46,9 +45,8 @@ def _wave(fps: str | None, dim: int) -> Tensor:
 def _words(caption: str, config: TextConfig) -> Tensor:
     words = re.findall(r"\w+|[^\w\s]", caption.lower())[:config.tokens]
     # half of a token says which word it is, half which word at which place: pooling alone loses the order
-    halves = [torch.cat([_vector(word, config.cond_dim // 2),
-                         _vector(f"{place} {word}", config.cond_dim - config.cond_dim // 2)])
-              for place, word in enumerate(words)]
+    half, rest = config.cond_dim // 2, config.cond_dim - config.cond_dim // 2
+    halves = [torch.cat([_vector(w, half), _vector(f"{i} {w}", rest)]) for i, w in enumerate(words)]
     padding = [torch.zeros(config.cond_dim)] * (config.tokens - len(words))
     return torch.stack(halves + padding)
 
@@ -66,8 +64,7 @@ def _bert(caption: str, config: TextConfig) -> Tensor:
         return torch.zeros(config.tokens, config.cond_dim)
     tokenizer, model = _load_bert(config.bert)
     if model.config.hidden_size != config.cond_dim:
-        raise ValueError(f"the BERT {config.bert} is {model.config.hidden_size} wide and --cond_dim is "
-                         f"{config.cond_dim}; they must be equal")
+        raise ValueError(f"--cond_dim is {config.cond_dim}, and the BERT {model.config.hidden_size} wide")
     longest = max(2, min(config.tokens, model.config.max_position_embeddings))  # 2: its own first and last
     batch = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt")
     with torch.no_grad():
@@ -79,11 +76,10 @@ def _bert(caption: str, config: TextConfig) -> Tensor:
 def _load_bert(name: str) -> tuple:
     try:
         from transformers import AutoModel, AutoTokenizer
-    except ImportError:
-        raise ValueError("--encoder bert needs the package transformers: pip install transformers") from None
-    try:
-        return (AutoTokenizer.from_pretrained(name),
-                AutoModel.from_pretrained(name).eval().requires_grad_(False))
+
+        model = AutoModel.from_pretrained(name).eval().requires_grad_(False)
+        return AutoTokenizer.from_pretrained(name), model
     except Exception as error:  # transformers raises whatever its back end does
-        raise ValueError(f"the BERT {name} could not be loaded: "
-                         f"{(str(error) or repr(error)).splitlines()[0]}") from None
+        remedy = "; pip install transformers" * isinstance(error, ImportError)
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"--encoder bert: {name} could not be loaded: {reason}{remedy}") from None

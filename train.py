@@ -10,7 +10,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,18 +29,16 @@ from files import save_video
 from machine import Machine, start, stop_signals
 from magicvideo import between
 from sampling import dpm_solver
-from run import Settings, State, TrainConfig, build, forget_log, log, save, settings, write_whole
+from run import Settings, State, TrainConfig, build, forget_log, log, save, settings
 from text import TextConfig, embed
 
 
-def lr_factor(train: TrainConfig) -> Callable[[int], float]:
-    """step -> learning rate over --lr: linear warm-up, then constant or half a cosine down to 0."""
-    def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / max(1, train.warmup))
-        if train.decay == "constant":
-            return warm
-        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
-    return factor
+def lr_factor(train: TrainConfig, step: int) -> float:
+    """The learning rate of a step over --lr: linear warm-up, then constant or half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / max(1, train.warmup))
+    if train.decay == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / train.steps)))
 
 
 def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, machine: Machine) -> Tensor:
@@ -49,21 +47,22 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     torch.manual_seed(s.train.seed << 32 | index)
     if s.train.arch == "autoencoder":
         with machine.autocast():
-            return autoencoder.loss(network, x.to(machine.device), s.autoencoder, s.data.num_images)
-    cond, x = condition(captions, s.text), x.to(machine.device)
+            return autoencoder.loss(network, x, s.autoencoder, s.data.num_images)
+    cond = condition(captions, s.text, x.device)
     if cond is not None:
         kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
-        cond = (cond * kept[..., None, None]).to(machine.device)
+        cond = cond * kept[..., None, None].to(x.device)
     call = between(network, x, s.diffusion) if s.unet.keys else network
     with machine.autocast():
         return loss(call, x, s.diffusion, cond, s.data.num_images).mean()
 
 
-def condition(captions: list[list[str]], text: TextConfig) -> Tensor | None:
+def condition(captions: list[list[str]], text: TextConfig, device: torch.device) -> Tensor | None:
     """Embeddings (B, 1 + num_images, tokens, cond_dim) of nested captions; None without a condition."""
     if not text.cond_dim:
         return None
-    return embed([caption for clip in captions for caption in clip], text).unflatten(0, (len(captions), -1))
+    cond = embed([caption for clip in captions for caption in clip], text)
+    return cond.to(device).unflatten(0, (len(captions), -1))
 
 
 def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
@@ -83,7 +82,7 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), s.train.clip)
     if torch.isfinite(norm):
         for group in state.optimizer.param_groups:
-            group["lr"] = s.train.lr * lr_factor(s.train)(state.step)
+            group["lr"] = s.train.lr * lr_factor(s.train, state.step)
         state.optimizer.step()
         state.ema.update_parameters(state.model)
         state.step += 1
@@ -98,10 +97,9 @@ def fit(s: Settings, machine: Machine) -> None:
         forget_log(Path(s.train.out), state.step)
     network = torch.compile(state.model) if s.train.compile else state.model
     network = DistributedDataParallel(network) if machine.world > 1 else network
-    first = state.step * s.train.accumulate * machine.world + machine.rank
-    stream = clean(batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device),
-                   state, machine)
-    clips, norm = s.train.batch_size * s.train.accumulate * machine.world, torch.zeros(())
+    b, first = s.train.batch_size, state.step * s.train.accumulate * machine.world + machine.rank
+    stream = clean(batches(s.data, b, s.train.seed, first, machine.world, machine.device), state)
+    clips, norm = b * s.train.accumulate * machine.world, torch.zeros(())
     with tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
               disable=machine.rank > 0) as bar:
         losses, begun = [], time.time()
@@ -126,10 +124,10 @@ def fit(s: Settings, machine: Machine) -> None:
         finish(state, s, stop, norm)
 
 
-def clean(stream: Iterator, state: State, machine: Machine) -> Iterator:
+def clean(stream: Iterator, state: State) -> Iterator:
     """The stream as the network knows it: with --latent, of the latents of its clean frames."""
-    return stream if not state.autoencoder else (
-        (state.autoencoder.latents(x.to(machine.device)), captions) for x, captions in stream)
+    coder = state.autoencoder
+    return ((coder.latents(x), captions) for x, captions in stream) if coder else stream
 
 
 def keep(state: State, s: Settings, machine: Machine) -> None:
@@ -147,24 +145,21 @@ def preview(state: State, s: Settings, machine: Machine) -> None:
 
     An autoencoder shows four clips and then their reconstructions.
     """
-    stream = batches(dataclasses.replace(s.data, num_images=0), 4, s.train.seed)
-    x, captions = next(clean(stream, state, machine))
+    data = dataclasses.replace(s.data, num_images=0)
+    x, captions = next(clean(batches(data, 4, s.train.seed, device=machine.device), state))
     model = state.ema.module.eval()
     with machine.autocast():
-        video = (torch.cat([x, model.video(model.latents(x.to(machine.device))).cpu()])
-                 if s.train.arch == "autoencoder" else draw(state, x, captions, s, machine))
+        video = (torch.cat([x, model.video(model.latents(x))]) if s.train.arch == "autoencoder"
+                 else draw(state, x, captions, s))
     save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
 
 
-def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings, machine: Machine) -> Tensor:
+def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Tensor:
     """A video for each caption, of the size that x has, or that the autoencoder gives its latents."""
-    cond = condition(captions, s.text)
-    z = noise_like(x, torch.Generator().manual_seed(s.train.seed)).to(machine.device)  # always the same
-    logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(machine.device)
-    cond = None if cond is None else cond.to(machine.device)
-    model = state.ema.module
-    model = between(model, x.to(machine.device), s.diffusion) if s.unet.keys else model
-    denoise = denoiser(model, s.diffusion, cond)
+    z = noise_like(x, torch.Generator().manual_seed(s.train.seed))  # always the same
+    logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(x.device)
+    network = between(state.ema.module, x, s.diffusion) if s.unet.keys else state.ema.module
+    denoise = denoiser(network, s.diffusion, condition(captions, s.text, x.device))
     if state.autoencoder:  # latents have no bounds
         return state.autoencoder.video(dpm_solver(denoise, z, logsnrs))
     return dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
@@ -203,9 +198,9 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.locked(folder):
         if any(folder.glob("checkpoint_*.pt")) and not (s.train.resume and folder.samefile(resumed)):
-            raise ValueError(f"{folder} holds a run already: go on with --resume {folder}, or give another "
-                             "--out")
-        write_whole(folder / "config.json", json.dumps(s.flat(), indent=1))
+            raise ValueError(f"{folder} holds a run already: --resume {folder}, or give another --out")
+        with checkpoint.replacing(folder / "config.json") as file:
+            file.write_text(json.dumps(s.flat(), indent=1))
         announce(s, machine)
         yield
 
@@ -216,7 +211,7 @@ def announce(s: Settings, machine: Machine) -> None:
     clips = s.train.batch_size * s.train.accumulate * machine.world
     reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
-    if s.changes():
+    if s.train.resume and s.changes():
         print(f"other settings than before: {s.changes()}")
 
 
@@ -224,8 +219,8 @@ def main() -> None:
     """Trains, as the flags say."""
     s = settings()
     if s.train.dry_run:
-        parameters, flops = cost.step_cost(s.network, s.diffusion, s.data.num_images, s.text.tokens,
-                                            s.train.arch)
+        images, tokens = s.data.num_images, s.text.tokens
+        parameters, flops = cost.step_cost(s.network, s.diffusion, images, tokens, s.train.arch)
         print(cost.table_row(s.train.preset, parameters, flops, s.train.batch_size * s.train.accumulate))
         return
     machine = start(s.train.device, s.train.precision, s.train.threads)

@@ -1,4 +1,5 @@
 """Experiments of evaluate.py that train small models of their own, by train.py, and compare those."""
+import json
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from autoencoder import Autoencoder
 from diffusion import loss
 from infill import Model, load_model
 from experiments.lab import HERE, Arm, Lab
-from run import Settings, read_log, settings
+from run import Settings, settings
 from text import embed
 
 # what all models here are trained with, but for their flags
@@ -137,7 +138,8 @@ def steps_in_time(lab: Lab, flags: dict[str, Any]) -> int:
 
 def speed_of(run: Path) -> float:
     """The median of a run's training clips per second."""
-    return statistics.median(line["clips_per_second"] for line in read_log(run)[1:])
+    lines = (run / "metrics.jsonl").read_text().splitlines()[1:]
+    return statistics.median(json.loads(line)["clips_per_second"] for line in lines)
 
 
 def bill(lab: Lab, flags: dict[str, Any], run: Path) -> dict[str, float]:

@@ -23,14 +23,13 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor
 
-import checkpoint
 import config
 import infill
 from experiments import metrics
 import sample
 from experiments.ablations import blocks, joint, positions
 from data import DIRECTIONS
-from experiments.features import walls
+from experiments.features import checksum, walls
 from experiments.lab import HERE, Arm, EvaluateConfig, Lab, build
 from infill import Given, SampleConfig, nothing, show, show_small, smaller
 
@@ -261,7 +260,7 @@ def write(lab: Lab, about: str, text: str, raw: dict[str, Any], minutes: float) 
     c, folder = lab.c, Path(lab.c.out)
     facts = {"command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]), "machine": str(lab.machine),
              "PyTorch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "minutes": round(minutes, 1),
-             "checkpoint": checkpoint.checksum(lab.path), "features": lab.features.sha256}
+             "checkpoint": checksum(lab.path), "features": lab.features.sha256}
     page = (f"# {c.experiment}\n\n{about}\n\n{text}\n\nMean ± standard deviation over {c.seeds} seeds, "
             f"{c.clips} clips each.\n\n"
             + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")

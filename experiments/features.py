@@ -2,6 +2,7 @@
 
 They are trained here on the labels that the generator of Moving MNIST knows: python -m experiments.features.
 """
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -188,6 +189,12 @@ class Features:
     sha256: str
 
 
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a file, as sha256sum prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_features(path: str | Path, device: str | torch.device = "cpu") -> Features:
     """The networks that `python -m experiments.features` wrote to path. ValueError: it is no such file."""
     saved = checkpoint.load(path)
@@ -196,7 +203,7 @@ def load_features(path: str | Path, device: str | torch.device = "cpu") -> Featu
     nets = nn.ModuleList([FrameNet(), VideoNet()])
     nets.load_state_dict(saved["features"])
     nets.eval().requires_grad_(False).to(device)
-    return Features(*nets, saved["settings"], checkpoint.checksum(path))
+    return Features(*nets, saved["settings"], checksum(path))
 
 
 @torch.no_grad()

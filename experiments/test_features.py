@@ -1,4 +1,5 @@
 """The networks that measure: what they are trained towards, what they see, which digit is which later."""
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_the_program_trains_and_writes_a_file_that_loads(tmp_path: Path, monkeyp
     assert "digit_accuracy" in capsys.readouterr().out
     loaded = load_features(out)
     assert loaded.settings["steps"] == 2 and loaded.settings["seed"] == 0
-    assert loaded.sha256 == checkpoint.checksum(out) and not loaded.frame.training
+    assert loaded.sha256 == features.checksum(out) and not loaded.frame.training
 
 
 def test_the_same_seed_trains_the_same_networks():
@@ -161,3 +162,10 @@ def test_linking_follows_the_place_when_a_digit_changes_its_class_and_never_take
     at = torch.tensor([[[10.0, 10.0], [20.0, 20.0]], [[10.0, 11.0], [10.0, 8.0]]])[None]
     classes, positions = link(torch.tensor([[[1, 2], [2, 1]]]), at)
     assert torch.equal(positions, at) and classes.tolist() == [[[1, 2], [2, 1]]]
+
+
+def test_the_checksum_is_that_of_the_file_and_tells_contents_apart(tmp_path: Path):
+    checkpoint.save(tmp_path / "x.pt", {"step": 3})
+    checkpoint.save(tmp_path / "y.pt", {"step": 4})
+    one, other = (features.checksum(tmp_path / name) for name in ("x.pt", "y.pt"))
+    assert one == hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest() != other
