@@ -237,9 +237,11 @@ def run_folder(tmp_path):
 def test_what_is_published_is_the_averaged_weights_in_bf16_and_no_path(run_folder, tmp_path):
     checkpoint.publish(run_folder, tmp_path / "small.pt")
     content = checkpoint.load(tmp_path / "small.pt")
-    assert set(content) == {"settings", "step", "ema"} and content["step"] == 7
+    assert set(content) == {"settings", "step", "ema", "sampling"} and content["step"] == 7
     assert content["ema"]["w"].dtype == torch.bfloat16 and content["ema"]["w"].tolist() == [1.0, 2.5, -3.0]
     assert content["settings"] == {"dim": 8, "out": "", "resume": "", "data_dir": ""}
+    checkpoint.publish(run_folder, tmp_path / "small.pt", '{"all": {"steps": 9}}')
+    assert checkpoint.load(tmp_path / "small.pt")["sampling"] == {"all": {"steps": 9}} != content["sampling"]
 
 
 def test_publishing_is_a_command_and_a_folder_without_a_run_one_sentence(run_folder, tmp_path, monkeypatch):
