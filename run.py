@@ -121,7 +121,7 @@ def settings(argv: list[str] | None = None) -> Settings:
     if s.train.arch != "autoencoder":
         s.network.heights()
     elif s.train.latent or s.train.dry_run or s.unet.keys:
-        raise ValueError("--latent, --keys and --dry_run are for networks that diffuse, not autoencoders")
+        raise ValueError("--arch autoencoder goes without --latent, --keys and --dry_run")
     else:
         in_latents(s.unet, s.autoencoder)
     if s.train.latent and s.diffusion.prediction == "eps":

@@ -208,7 +208,7 @@ def test_times_noise_and_dropout_depend_on_seed_and_index_alone() -> None:
 
 def test_captions_are_dropped_at_the_given_rate_for_clips_and_images_alike(monkeypatch: MonkeyPatch) -> None:
     s, seen = train.settings([*TINY, "--cond_dropout", "0.25"]), []
-    monkeypatch.setattr(train, "condition", lambda captions, text: torch.ones(len(captions), 2, 3, 8))
+    monkeypatch.setattr(train, "condition", lambda captions, text, device: torch.ones(len(captions), 2, 3, 8))
     monkeypatch.setattr(train, "loss", lambda _, x, d, cond, *k: seen.append(cond) or torch.zeros(2))
     for index in range(300):
         train.micro_batch_loss(None, (torch.zeros(200, 1, 5, 1, 1), [[]] * 8), index, s, CPU)
