@@ -84,7 +84,8 @@ class Model:
     text: TextConfig
     device: torch.device
     autoencoder: Autoencoder | None = None  # of a network that draws latents
-    sampling: dict[str, dict] = field(default_factory=dict)  # SAMPLING's like, which its checkpoint carries
+    sampling: dict[str, dict] = field(default_factory=dict)  # settings for --mode, as in config.SAMPLING
+    step: int = 0  # of its training
 
 
 @dataclass
@@ -132,14 +133,16 @@ def smaller(x: Tensor, scale: int) -> Tensor:
 def load_model(path: Path, device: torch.device) -> Model:
     """The model in a checkpoint: EMA weights, no gradients. Raises ValueError if there is none in it."""
     content = checkpoint.load(path)
+    settings = content.get("settings")
     if "features" in content:
         raise ValueError(f"{path} holds the networks that measure, for experiments/: it draws nothing")
+    if isinstance(settings, dict) and settings.get("arch") == "autoencoder":
+        raise ValueError(f"{path} holds an autoencoder, which draws nothing: train in its latents with "
+                         "python train.py --latent")
     try:
-        data, unet, diffusion, text, latent = config.rebuild(settings := content["settings"], *PARTS)
-        if (arch := settings.get("arch", "unet3d")) == "autoencoder":
-            raise ValueError("an autoencoder draws nothing, python train.py --latent trains in its latents")
+        data, unet, diffusion, text, latent = config.rebuild(settings, *PARTS)
         coder = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
-        network = build(arch, in_latents(unet, latent) if coder else unet)
+        network = build(settings.get("arch", "unet3d"), in_latents(unet, latent) if coder else unet)
         network.load_state_dict(content["ema"])
         for mode in (sampling := content.get("sampling", {})).values():
             config.rebuild(mode, SampleConfig)  # each is a value that its flag would take
@@ -148,7 +151,7 @@ def load_model(path: Path, device: torch.device) -> Model:
         raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
     network = network.to(device, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
-    return Model(network, data, diffusion, text, device, coder, sampling)
+    return Model(network, data, diffusion, text, device, coder, sampling, content.get("step", 0))
 
 
 def text_guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:

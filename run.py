@@ -32,8 +32,8 @@ FIRST = "dataset data_dir preset size frames batch_size steps lr out resume".spl
 @dataclass
 class TrainConfig:
     """How to train."""
-    preset: str = ""  # cpu, cpu_wide, cuda, ucf101, bair, kinetics600, text_small, text_large, text_9x128
-    arch: Literal["unet3d", "magicvideo", "autoencoder"] = "unet3d"  # what is trained; see README.md
+    preset: str = ""  # cpu, cuda, ucf101, ...: other defaults than shown here; if none, cuda or cpu, what fits
+    arch: Literal["unet3d", "magicvideo", "autoencoder"] = "unet3d"  # what is trained; see GUIDE.md
     init: str = ""  # run or checkpoint whose averaged weights and network a new run begins with
     latent: str = ""  # run or checkpoint of an autoencoder, in whose latents the network diffuses
     steps: int = 20_000  # [1, 100000000] optimizer steps

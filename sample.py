@@ -19,7 +19,7 @@ import config
 from data import batches
 from files import load_video, save_video
 from infill import Given, Model, SampleConfig, fill, load_model, nothing, overlap, show, show_small, smaller
-from machine import start
+from machine import Machine, start
 from magicvideo import MagicVideo
 
 FIRST = "mode checkpoint text w num seed steps w_r input out".split()  # in --help
@@ -198,7 +198,8 @@ TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"
 def carried(sampling: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What the model's maker chose for the mode (config.SAMPLING), but where flags given by hand say another.
 
-    What belongs together is taken together or not at all; but --steps alone leaves the sampler as it is.
+    What belongs together is taken together or not at all: --text "a 3" drops the carried text and its w, but
+    leaves sampler and steps. --steps alone leaves the sampler as it is.
     """
     mode = given.get("mode", "generate")
     chosen = sampling.get("all", {}) | sampling.get(mode, {})
@@ -206,27 +207,38 @@ def carried(sampling: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if name in free - {"input", *given}}
 
 
-def main() -> None:
-    """Loads, draws, writes."""
+def load() -> tuple[Model, SampleConfig, Machine]:
+    """The model of --checkpoint and the settings: flags given by hand, else those that it carries."""
     typed, = config.parse(SampleConfig, first=FIRST)
     machine = start(typed.device, typed.precision, typed.threads)
     model = load_model(path := find(typed.checkpoint, typed.mode == "key_frames"), machine.device)
     s, = config.parse(SampleConfig, first=FIRST, defaults=partial(carried, model.sampling))
     expect(model, s)
     taken = [f"--{name} {value}" for name, value in vars(s).items() if value != getattr(typed, name)]
-    print(f"{path}: {model.data.dataset}, {model.network.config.frames} frames of {model.data.size} px"
-          + f"; chosen with it: {' '.join(taken)}" * bool(taken))
-    with machine.autocast():
-        given = MODES[s.mode](model, s)
-        Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
-        if s.base:  # which drew with this seed already, and what the text says
-            silent = {} if model.text.cond_dim else {"text": "", "w": 0.0}
-            s = replace(s, seed=s.seed + 1, **silent)
-        video = fill(model, s, given)
-    marks = given.known if given.low is None else given.known | given.low_known
+    print(f"{path}, step {model.step}: {model.data.dataset}, {model.network.config.frames} frames of "
+          f"{model.data.size} px" + f"; chosen with it: {' '.join(taken)}" * bool(taken))
+    return model, s, machine
+
+
+def draw(model: Model, s: SampleConfig) -> tuple[Tensor, Tensor]:
+    """The video (B, C, T, H, W) of --mode, and which of its frames were given (T,)."""
+    given = MODES[s.mode](model, s)
+    Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
+    if s.base:  # which drew with this seed already, and what the text says
+        silent = {} if model.text.cond_dim else {"text": "", "w": 0.0}
+        s = replace(s, seed=s.seed + 1, **silent)
+    video, marks = fill(model, s, given), given.known
     if s.mode == "key_frames":
         video = joined(video, s.num)
-        marks = torch.arange(video.shape[2]) % (len(marks) - 1) == 0
+        return video, torch.arange(video.shape[2]) % (len(marks) - 1) == 0
+    return video, marks if given.low is None else marks | given.low_known
+
+
+def main() -> None:
+    """Loads, draws, writes."""
+    model, s, machine = load()
+    with machine.autocast():
+        video, marks = draw(model, s)
     for written in save_video(video, free_name(Path(s.out), s.mode), known=marks):
         print(written)
 

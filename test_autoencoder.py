@@ -274,7 +274,7 @@ def test_small_frames_are_refused_for_latents(latent, tmp_path, monkeypatch, cap
 def test_an_autoencoder_alone_draws_nothing(coder, tmp_path, monkeypatch, capsys: CaptureFixture):
     with pytest.raises(SystemExit):
         drawn(monkeypatch, coder, tmp_path)
-    assert "an autoencoder draws nothing, python train.py --latent" in capsys.readouterr().err
+    assert "holds an autoencoder, which draws nothing: train in its latents with python train.py --latent" in capsys.readouterr().err
 
 
 def test_the_settings_of_an_autoencoder_become_those_of_the_run(coder):
