@@ -42,7 +42,8 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older ones are intact") from None
+        raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older checkpoints are "
+                      "intact") from None
 
 
 def load(path: str | Path) -> dict[str, Any]:

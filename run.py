@@ -114,7 +114,7 @@ def settings(argv: list[str] | None = None) -> Settings:
             return {"preset": "cuda" if cuda else "cpu"} | before
         for name in {"preset", "init", "latent"} & set(given):
             raise ValueError(f"--{name} chooses what a new run starts from; it cannot be given with --resume")
-        before.update(stored("resume", given["resume"])[1].flat())
+        before.update(stored("resume", given["resume"])[2].flat())
         return before | {"out": given["resume"]}
 
     s = Settings(*config.parse(*PARTS, argv=argv, first=FIRST, defaults=defaults), before)
@@ -129,8 +129,8 @@ def settings(argv: list[str] | None = None) -> Settings:
     return s
 
 
-def stored(flag: str, path: str) -> tuple[dict[str, Any], Settings]:
-    """The checkpoint that --resume, --init or --latent names, and its settings. Raises ValueError if it is
+def stored(flag: str, path: str) -> tuple[Path, dict[str, Any], Settings]:
+    """The file that --resume, --init or --latent means, what it holds, and its settings. Raises ValueError if it is
     not of the kind that the flag needs.
     """
     file = checkpoint.newest(Path(path)) if flag == "resume" else checkpoint.find(path)
@@ -143,7 +143,7 @@ def stored(flag: str, path: str) -> tuple[dict[str, Any], Settings]:
         "latent": ("ema" in content and coder, "autoencoder; train.py --arch autoencoder trains one")}[flag]
     if not isinstance(found, dict) or not fits:
         raise ValueError(f"--{flag} {file} holds no {what}")
-    return content, Settings(*config.rebuild(found, *PARTS))
+    return file, content, Settings(*config.rebuild(found, *PARTS))
 
 
 def start_of(init: str | None, latent: str | None) -> dict[str, Any]:
@@ -152,18 +152,17 @@ def start_of(init: str | None, latent: str | None) -> dict[str, Any]:
     """
     taken = {}
     if init:
-        s = stored("init", init)[1]
+        s = stored("init", init)[2]
         taken |= vars(s.unet) | vars(s.diffusion) | vars(s.text) | {"arch": s.train.arch}
     if latent:
-        taken |= vars(stored("latent", latent)[1].autoencoder)
+        taken |= vars(stored("latent", latent)[2].autoencoder)
     return {name: value for name, value in taken.items() if name not in ("dropout", "checkpointing")}
 
 
 @contextlib.contextmanager
 def weights(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
     """What the checkpoint of a flag holds, to be loaded; weights that do not fit are one ValueError."""
-    path = getattr(s.train, flag)
-    content, _ = stored(flag, path)
+    path, content, _ = stored(flag, getattr(s.train, flag))
     try:
         yield content
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
