@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _DIGITS = {"all": dict(steps=24, delta=0.1), "generate": dict(sampler="dpm_solver", steps=25, delta=0.0),
-           "extend": dict(steps=24, delta=0.0, method="replacement")}
+           "extend": dict(steps=20, delta=0.0, method="replacement")}
 
 
 def _paper(w_r: float = 0.0, **flags: Any) -> dict[str, dict[str, Any]]:

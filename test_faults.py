@@ -152,6 +152,7 @@ def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # like a full disk, at the first checkpoint
 
 
+@pytest.mark.slow  # in this process: test_checkpoint.py
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_is_intact(copy: Path) -> None:
     before = files(copy)
     given = processes("train.py", "--resume", copy, "--steps", 8)

@@ -407,7 +407,7 @@ def test_no_step_appears_twice_in_the_metrics_of_a_resumed_run(whole: Recorded, 
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
 
 
-def test_the_first_preview_comes_after_100_steps_at_the_latest(monkeypatch: MonkeyPatch) -> None:
+def test_the_first_preview_comes_after_30_steps_at_the_latest(monkeypatch: MonkeyPatch) -> None:
     steps = []
     monkeypatch.setattr(train, "preview", lambda state, s, machine: steps.append(state.step))
     monkeypatch.setattr(train, "save", lambda state, s: None)
@@ -415,7 +415,7 @@ def test_the_first_preview_comes_after_100_steps_at_the_latest(monkeypatch: Monk
     state = types.SimpleNamespace()
     for state.step in range(1, 320):
         train.keep(state, s, CPU)
-    assert steps == [100, 150, 300]
+    assert steps == [30, 150, 200, 300]
 
 
 # ---- what is trained on ------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_an_unconditional_run_has_no_text_in_its_network() -> None:
 # ---- what a model costs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["cpu", "text_large"])  # test_readme.py counts them all
+@pytest.mark.parametrize("preset", ["cpu", pytest.param("text_large", marks=pytest.mark.slow)])
 def test_dry_run_prints_what_a_preset_costs_without_allocating_it(
         preset: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

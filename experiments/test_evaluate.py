@@ -70,8 +70,9 @@ def judged(experiment: str, out: Path, said: str) -> None:
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
 
 
-@pytest.mark.parametrize("experiment", [  # "positions" trains as "joint" does
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "positions")) for name in evaluate.EXPERIMENTS])
+@pytest.mark.parametrize("experiment", [  # "positions" and "blocks" train as "joint" does
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("positions", "blocks")))
+    for name in evaluate.EXPERIMENTS])
 def test_every_experiment_runs_and_writes_its_table(experiment, speeds, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "NARROW", ablations.NARROW | dict(
         dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="8"))
