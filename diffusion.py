@@ -1,8 +1,9 @@
 """Section 2: the diffusion process and the training loss, as pure functions of the log-SNR.
 
 There is no table of constants and no integer time: everything the process needs, alpha, sigma, the reverse
-mean and variance, follows from logsnr (the paper's lambda), a 0-d tensor in sampling and (B, 1, 1, 1, 1) in
-training, which broadcasts against videos (B, C, F, H, W) in [-1, 1]. t = 0 is clean, t = 1 is noise.
+mean and variance, follows from logsnr (the paper's lambda). It broadcasts against videos (B, C, F, H, W) in
+[-1, 1]: 0-d in sampling, (B, 1, 1, 1, 1) in training, (B, 1, F, 1, 1) where each frame has a level of its own
+(--frame_noise). t = 0 is clean, t = 1 is noise.
 """
 import math
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def times(batch: int, frames: int, config: DiffusionConfig,
         return t
     # Paper: no such clips. Frames that are less noisy teach the network to look at other frames.
     own = torch.rand(batch, 1, generator=generator) < config.frame_noise
-    return (t + own * torch.rand(batch, frames, generator=generator)) % 1
+    return (t + own * torch.rand(batch, frames, generator=generator)) % 1  # shifted in a circle: uniform still
 
 
 def target(x: Tensor, logsnr: Tensor, eps: Tensor, config: DiffusionConfig) -> Tensor:
