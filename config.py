@@ -51,7 +51,7 @@ _DIGITS = {"all": dict(steps=24, delta=0.1), "generate": dict(sampler="dpm_solve
 
 
 def _paper(w_r: float = 0.0, **flags: Any) -> dict[str, dict[str, Any]]:
-    whole = dict.fromkeys(("predict", "extend", "interpolate"), {"w_r": w_r})  # w_r of small frames is another
+    whole = dict.fromkeys(("predict", "extend", "interpolate"), {"w_r": w_r})  # not of small frames
     return {"all": flags} | (whole if w_r else {})
 
 

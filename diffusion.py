@@ -109,14 +109,14 @@ def loss(model: Callable, x: Tensor, config: DiffusionConfig, cond: Tensor | Non
 
 def times(batch: int, frames: int, config: DiffusionConfig,
           generator: torch.Generator | None = None) -> Tensor:
-    """Random times in [0, 1], one for each clip (B, 1), or with frame_noise one for each frame (B, frames)."""
+    """Random times in [0, 1], (B, 1) for each clip, or (B, frames) for each frame with frame_noise."""
     # Paper: t ~ U[0, 1] for each clip. One draw from each of B equal strata has the same mean, less variance.
     t = (torch.arange(batch) + torch.rand(batch, generator=generator))[:, None] / batch
     if not config.frame_noise:
         return t
     # Paper: no such clips. Frames that are less noisy teach the network to look at other frames.
     own = torch.rand(batch, 1, generator=generator) < config.frame_noise
-    return (t + own * torch.rand(batch, frames, generator=generator)) % 1  # shifted in a circle: uniform still
+    return (t + own * torch.rand(batch, frames, generator=generator)) % 1  # on a circle: uniform still
 
 
 def target(x: Tensor, logsnr: Tensor, eps: Tensor, config: DiffusionConfig) -> Tensor:

@@ -139,7 +139,7 @@ class MagicVideo(UNet3D):
         """UNet3D's, then each frame's caption ((b f), l - 1, cond_dim) and the number of image frames."""
         frames, known = z.shape[2], self.config.frames
         if frames - num_images > known:
-            raise ValueError(f"a clip of {frames - num_images} frames was given, and its adaptors know {known}")
+            raise ValueError(f"a clip of {frames - num_images} frames was given, the adaptors know {known}")
         tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
         if tokens is not None:
             tokens = per_frame(tokens[:, :, :-1], frames).flatten(0, 1)

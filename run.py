@@ -32,7 +32,7 @@ FIRST = "dataset data_dir preset size frames batch_size steps lr out resume".spl
 @dataclass
 class TrainConfig:
     """How to train."""
-    preset: str = ""  # cpu, cuda, ucf101, ...: other defaults than shown here; if none, cuda or cpu, what fits
+    preset: str = ""  # cpu, cuda, ucf101, ...: other defaults than shown here; without it cuda or cpu
     arch: Literal["unet3d", "magicvideo", "autoencoder"] = "unet3d"  # what is trained; see GUIDE.md
     init: str = ""  # run or checkpoint whose averaged weights and network a new run begins with
     latent: str = ""  # run or checkpoint of an autoencoder, in whose latents the network diffuses
@@ -130,8 +130,8 @@ def settings(argv: list[str] | None = None) -> Settings:
 
 
 def stored(flag: str, path: str) -> tuple[Path, dict[str, Any], Settings]:
-    """The file that --resume, --init or --latent means, what it holds, and its settings. Raises ValueError if it is
-    not of the kind that the flag needs.
+    """The file that --resume, --init or --latent means, what it holds, and its settings. Raises ValueError
+    if it is not of the kind that the flag needs.
     """
     file = checkpoint.newest(Path(path)) if flag == "resume" else checkpoint.find(path)
     content = checkpoint.load(file)

@@ -53,7 +53,7 @@ def extend(model: Model, s: SampleConfig) -> Given:
 
 
 def steered(model: Model, s: SampleConfig) -> int:
-    """The frames that predict is given and blocks share; ValueError if --w_r cannot steer those after them."""
+    """The frames that predict is given and blocks share; ValueError: --w_r cannot steer those after them."""
     directed = isinstance(model.network, MagicVideo) and model.network.config.mask == "before"
     if s.w_r and s.method == "reconstruction" and directed:
         raise ValueError(f"--w_r steers no frame that --mode {s.mode} draws here: give --method replacement")
@@ -88,7 +88,7 @@ def small(model: Model, s: SampleConfig, x: Tensor) -> Tensor:
 
 
 def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
-    """The clips that --base draws of as many frames (0: its own length), for cascade --scale times smaller."""
+    """The clips that --base draws of as many frames (0: its length), for cascade --scale times smaller."""
     base, fps, needed = load_model(find(s.base), model.device), s.fps, model.data
     given, strides, scale = base.data, base.data.frame_stride, s.scale if s.mode == "cascade" else 1
     if s.mode == "key_frames":
@@ -107,7 +107,7 @@ def key_frames(model: Model, s: SampleConfig) -> Given:
     """The gaps between neighbouring key frames (MagicVideo), which --base draws or a slow clip has."""
     gap = model.network.config.frames - 1
     if s.frames and (s.frames - 1) % gap:
-        raise ValueError(f"--frames {s.frames} must be 1 more than a multiple of {gap}, the way from key to key")
+        raise ValueError(f"--frames {s.frames} must be 1 more than a multiple of {gap}, from key to key")
     frames = s.frames or (0 if s.input or s.base else 4 * gap + 1)
     return gaps(model, s, source(model, s, (frames - 1) // gap + 1, gap))
 

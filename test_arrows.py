@@ -36,7 +36,7 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "metrics": ({"features"}, {"data", "diffusion"}),
     "lab": ({"sample", "infill", "metrics", "features", "data"}, {"machine"}),
     "ablations": ({"lab", "infill"}, {"autoencoder", "cost", "diffusion", "run", "text"}),
-    "evaluate": ({"sample", "infill", "metrics", "lab", "ablations"}, {"config", "data", "features"}),
+    "evaluate": ({"sample", "infill", "metrics", "lab", "ablations"}, {"config", "data", "diffusion", "features"}),
 }
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL"}
 

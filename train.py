@@ -177,7 +177,7 @@ def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
         raise SystemExit(128 + (stop or [signal.SIGTERM])[0])  # the signal may have reached another process
     out, use = shlex.quote(s.train.out), "train.py --latent" if s.train.arch == "autoencoder" else (
         "sample.py --mode key_frames --checkpoint" if s.unet.keys else "sample.py --checkpoint")
-    print(f"done: in {out} are previews (samples/), metrics.jsonl and {path.name}\nto use it: python {use} {out}")
+    print(f"done: in {out} are samples/, metrics.jsonl and {path.name}\nto use it: python {use} {out}")
 
 
 @contextlib.contextmanager

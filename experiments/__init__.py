@@ -1,1 +1,1 @@
-"""What measures, compares and times the project; python -m experiments.NAME, from the clone. Nothing in the root imports it."""
+"""What measures, compares and times the project: python -m experiments.NAME, from the clone."""

@@ -295,8 +295,8 @@ def main() -> None:
     c, = config.parse(BenchConfig)
     machine = start(c.device, c.precision, c.threads)
     tuned = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    print(f"`python -m experiments.bench {shlex.join(sys.argv[1:])}`, {machine}, PyTorch {torch.__version__}, "
-          f"{time.strftime('%Y-%m-%d')}, allocator {tuned or 'as it is by default'}, "
+    print(f"`python -m experiments.bench {shlex.join(sys.argv[1:])}`, {machine}, "
+          f"PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}, allocator {tuned or 'as it is by default'}, "
           f"median [min, max] of {c.rounds} rounds\n")
     {"peer": peer_table, "parts": parts_table, "growth": growth_table}[c.table](c, machine)
 

@@ -1,10 +1,10 @@
-"""The experiments behind the tables of section 4, on Moving MNIST: python -m experiments.evaluate --experiment NAME.
+"""The experiments behind the tables of section 4: python -m experiments.evaluate --experiment NAME.
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
-raw numbers beside it. But for predict and speed, what is drawn stands beside two real rows: as many clips of
-the test split (the floor), and as many whose every frame is from another clip (chance: good frames, no
-video). samplers, predict and super_resolve draw without captions. Those that train models of their own are in
-ablations.py.
+raw numbers beside it. But for predict, speed and exchange, what is drawn stands beside two real rows: as many
+clips of the test split (the floor), and as many whose every frame is from another clip (chance: good frames,
+no video). samplers, predict and super_resolve draw without captions. Those that train models of their own are
+in ablations.py.
 """
 import dataclasses
 import inspect
@@ -29,6 +29,7 @@ from experiments import metrics
 import sample
 from experiments.ablations import blocks, joint, positions
 from data import DIRECTIONS
+from diffusion import denoiser
 from experiments.features import checksum, walls
 from experiments.lab import HERE, Arm, EvaluateConfig, Lab, build
 from infill import Given, SampleConfig, nothing, show, show_small, smaller
@@ -232,8 +233,26 @@ def speed(lab: Lab) -> dict[str, Arm]:
             | {"key frames, then the frames between them": both})
 
 
+def exchange(lab: Lab) -> dict[str, Arm]:
+    """Does the network use other frames for a digit's shape? At six log-SNRs, without captions or sampling.
+
+    Every fourth frame shows one digit, the others another one on the same path: the error on the former over
+    that in clips of one digit. 1 means that other frames are not used.
+    """
+    def arm(seed: int) -> dict[str, float]:
+        data = dataclasses.replace(lab.model.data, split="test", num_images=0, frame_stride=(lab.stride,))
+        pairs = metrics.same_paths(data, lab.c.clips, (8, seed))
+        x, other = (sample.inside(lab.model, clips) for clips in pairs)
+        denoise = denoiser(lab.model.network, lab.model.diffusion)
+        with torch.no_grad(), lab.machine.autocast():
+            return {f"λ = {level}": metrics.exchange(
+                denoise, x, other, torch.tensor(float(level), device=x.device),
+                torch.Generator().manual_seed(seed)) for level in range(-5, 1)}
+    return {"the model": arm}
+
+
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    samplers, joint, guidance, extend, predict, super_resolve, positions, blocks, speed)}
+    samplers, joint, guidance, extend, predict, super_resolve, positions, blocks, speed, exchange)}
 
 # ---- the table -------------------------------------------------------------------------------------------
 
@@ -258,8 +277,9 @@ def _cell(values: list[float]) -> str:
 def write(lab: Lab, about: str, text: str, raw: dict[str, Any], minutes: float) -> str:
     """Writes NAME.md and NAME.json into --out and returns the page."""
     c, folder = lab.c, Path(lab.c.out)
-    facts = {"command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]), "machine": str(lab.machine),
-             "PyTorch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "minutes": round(minutes, 1),
+    command = shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]])
+    facts = {"command": command, "machine": str(lab.machine), "PyTorch": torch.__version__,
+             "date": time.strftime("%Y-%m-%d"), "minutes": round(minutes, 1),
              "checkpoint": checksum(lab.path), "features": lab.features.sha256}
     page = (f"# {c.experiment}\n\n{about}\n\n{text}\n\nMean ± standard deviation over {c.seeds} seeds, "
             f"{c.clips} clips each.\n\n"

@@ -257,7 +257,7 @@ def accuracy(features: Features, cfg: FeatureConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    """Trains the networks that measure, as python -m experiments.features --steps 2500 --out features_32.pt did."""
+    """Trains the networks that measure, with --steps 2500 --out features_32.pt as the shipped ones were."""
     cfg, = config.parse(FeatureConfig)
     nets = train(cfg)
     result = accuracy(Features(*nets, asdict(cfg), ""), cfg)

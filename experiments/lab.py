@@ -20,7 +20,7 @@ from machine import Machine, start
 HERE = Path(__file__).parents[1]  # the clone
 Arm = Callable[[int], dict[str, float]]  # seed -> what was measured
 Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "super_resolve", "positions",
-                     "blocks", "speed"]
+                     "blocks", "speed", "exchange"]
 
 
 @dataclass
@@ -128,7 +128,7 @@ def build(c: EvaluateConfig) -> Lab:
         raise ValueError(f"{path} was trained without captions, and --experiment {c.experiment} needs them")
     if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
         raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
-                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with python -m experiments.features")
+                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with experiments.features")
     if model.network.config.keys or c.experiment == "super_resolve" and model.autoencoder:
         raise ValueError(f"{path} draws latents, or between key frames: --experiment {c.experiment} cannot")
     return Lab(c, path, model, features, machine, min(model.data.frame_stride))
