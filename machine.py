@@ -60,7 +60,7 @@ def find_device(name: str) -> torch.device:
     if kind not in there or index and not index.isdecimal():
         raise ValueError(f"--device {name} is not supported: auto, cpu, cuda, cuda:N or mps")
     if int(index or 0) >= there[kind]:
-        raise ValueError(f"--device {name} was given, but PyTorch finds {there[kind]} of these here")
+        raise ValueError(f"--device {name} was given; PyTorch finds {there[kind]} {kind.upper()} devices")
     return torch.device(name)
 
 

@@ -354,7 +354,7 @@ def test_cuda_that_is_not_there_is_one_sentence_and_auto_does_without(
         monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
     flags = [*TINY, "--steps", 1, "--out", tmp_path / "run"]
     line = refusal(train.main, [*flags, "--device", "cuda"], monkeypatch, capsys)
-    assert "--device cuda was given, but PyTorch finds 0 CUDA devices here" in line
+    assert "--device cuda was given; PyTorch finds 0 CUDA devices" in line
     program(monkeypatch, [*flags, "--device", "auto"])
     assert "CPU" in capsys.readouterr().out.splitlines()[0]
 
