@@ -207,7 +207,7 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
 
 def announce(s: Settings, machine: Machine) -> None:
     """Prints what is trained, on what, and what differs from the run that is resumed."""
-    fits = s.train.preset == machine.device.type
+    fits = s.train.preset == ("cuda" if machine.device.type == "cuda" else "cpu")
     clips = s.train.batch_size * s.train.accumulate * machine.world
     reason = "as resumed" if s.train.resume else "it fits this hardware" if fits else "as given"
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")

@@ -220,9 +220,9 @@ class UNet3D(nn.Module):
     """The network of section 3: (z, logsnr, cond, num_images) -> eps or v, shaped like z.
 
     z: (B, C, F + num_images, H, W); F may differ from config.frames. logsnr: 0-d or (B, 1, 1, 1, 1), or
-    (B, 1, F + num_images, 1, 1) where each frame has a noise level of its own. cond:
-    token embeddings (B, L, D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for
-    each image frame; None is c = 0. block and embedding are what another network exchanges, magicvideo.py.
+    (B, 1, F + num_images, 1, 1) where each frame has a noise level of its own. cond: token embeddings (B, L,
+    D), or (B, 1 + num_images, L, D) with the clip's caption first and then one for each image frame; None is
+    c = 0. block and embedding are what another network exchanges, magicvideo.py.
     """
     def __init__(self, config: UNetConfig, block: type[nn.Module] = Block,
                  embedding: type[nn.Module] = Embedding):
