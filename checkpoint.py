@@ -126,7 +126,7 @@ def publish(run: str | Path, out: str | Path, sampling: str = "") -> None:
     by default the preset's. Raises ValueError if run holds no checkpoint.
     """
     content = load(newest(Path(run)))
-    private = {"out", "resume", "data_dir", "init", "latent"} & set(content["settings"])  # paths
+    private = {"out", "resume", "data_dir", "list", "init", "latent"} & set(content["settings"])  # paths
     settings = content["settings"] | dict.fromkeys(private, "")
     weights = {part: {name: value.bfloat16() for name, value in content[part].items()}
                for part in ("ema", "autoencoder") if part in content}

@@ -4,23 +4,28 @@ Bouncing digits made on the fly from the MNIST files beside this module, or clip
 are (B, C, F, H, W) floats in [-1, 1] everywhere.
 """
 
+import atexit
 import gzip
 import hashlib
+import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset
 
-from files import CLIPS, STILLS, decode_cached, natural, to_float
+import clips
+from files import decode, to_float
 
 Device = str | torch.device
 
@@ -29,6 +34,8 @@ class DataConfig:
     """What to train on."""
     dataset: Literal["moving_mnist", "stochastic_moving_mnist", "video_folder"] = "moving_mnist"  # the videos
     data_dir: str = ""  # folder of clips, for video_folder alone
+    list: str = ""  # file that lists clips of data_dir: a path and a caption or class number a line
+    fps: float = 0.0  # [0, 1000] frames a second that films are sampled at; 0 takes each film's own
     split: Literal["train", "test"] = "train"  # half of the data: no test digit or clip is ever trained on
     frames: int = 16  # [1, 1024] frames per clip
     size: int = 64  # [8, 1024] height and width in pixels
@@ -47,34 +54,70 @@ class DataConfig:
 
 
 def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stride: int = 1,
-            device: Device = "cpu") -> Iterator[tuple[Tensor, list[list[str]]]]:
-    """Batches start, start + stride, ...: x (B, C, F+K, H, W), and B lists of 1+K captions, the clip's and
-    one for each of the K image frames at the end. Batch i depends on (config, seed, i) alone: a run resumes
-    with start=i, rank r of n takes start=r, stride=n. ValueError: bad config, or no usable clip in data_dir.
+            device: Device = "cpu", workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]]]]:
+    """Batches start, start + stride, ... on the device: x (B, C, F+K, H, W), and B lists of 1+K captions.
+
+    A run resumes with start=i; rank r of n takes start=r, stride=n. workers are processes that make batches
+    ahead. ValueError: bad config, no usable clip in data_dir, or a worker that died.
     """
-    if config.channels not in (1, 3):
-        raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
-    draw = partial(_folder_clips, video_folder(config)) if config.dataset == "video_folder" else _digit_clips
-    return (_batch(draw, config, batch_size, (seed, i), device) for i in count(start, stride))
+    dataset = Batches(config, batch_size, seed, "cpu" if workers else device)
+    pin = config.dataset == "video_folder" and torch.device(device).type == "cuda"
+    loader = DataLoader(dataset, None, sampler=count(start, stride), num_workers=workers, pin_memory=pin,
+                        worker_init_fn=_leave_signals, generator=torch.Generator())  # or it draws a number
+    if workers:
+        atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+    return _delivered(loader, device)
 
 
-def _batch(draw: Callable, config: DataConfig, b: int, seed: tuple[int, int], device) -> tuple[Tensor, list]:
-    # With a single stride no random number is drawn for it, and captions are silent on the speed.
-    own = draw if len(config.frame_stride) == 1 else partial(_at_speeds, draw)
-    x, captions, truth = own(config, b, _rng((*seed, 0)), device)
-    if (k := config.num_images) == 0:
-        return x, [[caption] for caption in captions]
-    # A stream of random numbers of their own: the clips do not depend on the images.
-    images, more, _ = draw(config, b * k, _rng((*seed, 1)), device, truth)
-    images = rearrange(images, "(b k) c 1 h w -> b c k h w", b=b)
-    return torch.cat([x, images], 2), [[own, *more[i * k : (i + 1) * k]] for i, own in enumerate(captions)]
+class Batches(Dataset):
+    """Batch i by its index: uint8 or float x, captions, and what could not be read. It depends on (config,
+    batch_size, seed, i) alone.
+    """
+    def __init__(self, config: DataConfig, batch_size: int, seed: int, device: Device = "cpu"):
+        if config.channels not in (1, 3):
+            raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
+        self.config, self.batch_size, self.seed, self.device = config, batch_size, seed, device
+        films = config.dataset == "video_folder"
+        draw = partial(_folder_clips, video_folder(config)) if films else _digit_clips
+        # With a single stride no random number is drawn for it, and captions are silent on the speed.
+        self.images, self.clips = draw, draw if len(config.frame_stride) == 1 else partial(_at_speeds, draw)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, list[list[str]], list[str]]:
+        b, k = self.batch_size, self.config.num_images
+        x, captions, truth = self.clips(self.config, b, _rng((self.seed, i, 0)), self.device)
+        if k == 0:
+            return x, [[caption] for caption in captions], truth.get("faults", [])
+        # A stream of random numbers of their own: the clips do not depend on the images.
+        images, more, others = self.images(self.config, b * k, _rng((self.seed, i, 1)), self.device, truth)
+        x = torch.cat([x, rearrange(images, "(b k) c 1 h w -> b c k h w", b=b)], 2)
+        captions = [[own, *more[j * k : (j + 1) * k]] for j, own in enumerate(captions)]
+        return x, captions, truth.get("faults", []) + others.get("faults", [])
+
+
+def _delivered(loader: DataLoader, device: Device) -> Iterator[tuple[Tensor, list[list[str]]]]:
+    told = set()
+    try:
+        for x, captions, faults in loader:
+            for fault in dict.fromkeys(faults):
+                if fault not in told:
+                    told.add(fault)
+                    print(f"skipped, {len(told)} so far: {fault}", file=sys.stderr)
+            x = x.to(device, non_blocking=True)
+            yield to_float(x) if x.dtype == torch.uint8 else x, captions
+    except ValueError as error:  # a worker's comes with its traceback
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+def _leave_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # train.py finishes its step, for which it needs batches
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _at_speeds(draw: Callable, config: DataConfig, b: int, rng: np.random.Generator, device) -> tuple:
     strides = rng.choice(config.frame_stride, b).tolist()
     xs, captions, truths = zip(*(draw(replace(config, frame_stride=(s,)), 1, rng, device) for s in strides))
-    clips = np.array([i for truth in truths for i in truth.get("clips", ())])
-    return torch.cat(xs), [f"{c} at {8 / s:g} fps" for s, (c,) in zip(strides, captions)], {"clips": clips}
+    truth = {name: [one for truth in truths for one in truth.get(name, [])] for name in ("clips", "faults")}
+    return torch.cat(xs), [f"{c} at {8 / s:g} fps" for s, (c,) in zip(strides, captions)], truth
 
 
 def _rng(seed: int | tuple[int, ...]) -> np.random.Generator:
@@ -184,66 +227,65 @@ def _read_idx(name: str) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(np.frombuffer(raw, ">i4", raw[3], 4))
 
 
-# ---- clips from a folder ---------------------------------------------------------------------------------
+# ---- clips from a folder or a list -----------------------------------------------------------------------
+
+class Clip(NamedTuple):
+    """A clip that is long enough, as many frames as it has at --fps."""
+    path: Path
+    caption: str
+    frames: int
+
 
 @cache
-def video_folder(config: DataConfig) -> list[tuple[Path, str]]:
-    """(path, caption) of the split's clips in data_dir; unusable ones are skipped, and named once on stderr.
+def video_folder(config: DataConfig) -> list[Clip]:
+    """The usable clips of the split in data_dir, by their headers; others are skipped, and named on stderr.
 
-    A split is the subfolder train or test if both exist, else every tenth clip is for testing (a single clip
-    is both). Every clip is decoded once here. ValueError: no such folder, or no usable clip in it.
+    ValueError: no such folder or list, or no usable clip in it.
     """
-    if not config.data_dir or not (root := Path(config.data_dir)).is_dir():
-        raise ValueError(f"data_dir is {config.data_dir!r}, but video_folder needs a folder of clips")
-    root, paths = _split(root, config.split)
-    needed, clips, bad = (config.frames - 1) * max(config.frame_stride) + 1, [], []
-    for path in paths:
-        try:
-            if (frames := decode_cached(path, config.size, config.channels).shape[1]) < needed:
-                raise ValueError(f"{path}: {frames} frames, {needed} needed")
-            clips.append((path, _caption(path, root)))
-        except ValueError as error:
-            bad.append(str(error))
-    report = f"skipped {len(bad)} of {len(paths)} clips: {'; '.join(bad)}" if bad else "there is none"
-    if not clips:
-        raise ValueError(f"no usable clip for the {config.split} split in {root}: {report}")
+    named, root = clips.find(config.data_dir, config.list, config.split), Path(config.data_dir)
+    needed, usable, bad = (config.frames - 1) * max(config.frame_stride) + 1, [], []
+    for (path, caption), seen in zip(named, clips.look([path for path, _ in named], root)):
+        if isinstance(seen, str):
+            bad.append(seen)
+            continue
+        frames, rate = seen
+        frames = int(frames * config.fps / rate + 1e-6) if config.fps and rate else frames
+        if frames < needed:
+            bad.append(f"{path}: {frames} frames, {needed} needed")
+        else:
+            usable.append(Clip(path, caption, frames))
+    more = f"; and {len(bad) - 20} more" * (len(bad) > 20)
+    report = f"skipped {len(bad)} of {len(named)} clips: {'; '.join(bad[:20])}{more}" if bad else "there is none"
+    if not usable:
+        raise ValueError(f"no usable clip for the {config.split} split in {config.list or root}: {report}")
     if bad:
         print(report, file=sys.stderr)
-    return clips
+    return usable
 
 
-def _split(root: Path, split: str) -> tuple[Path, list[Path]]:
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        return root / split, _find_clips(root / split)
-    clips = _find_clips(root)
-    # Divided before anything is decoded: which clip is for testing must not depend on the length asked for.
-    return root, [p for i, p in enumerate(clips) if len(clips) == 1 or (i % 10 == 0) == (split == "test")]
-
-
-def _find_clips(root: Path) -> list[Path]:
-    files = [p for p in root.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(root).as_posix()}"]
-    clips = [file for file in files if (suffix := file.suffix.lower()) in CLIPS
-             or suffix == ".png" and b"acTL" in file.read_bytes().partition(b"IDAT")[0]]  # an animated one
-    folders = {file.parent for file in files if file.suffix.lower() in STILLS}
-    return sorted([*clips, *(folders - {clip.parent for clip in clips})], key=natural)
-
-
-def _caption(clip: Path, root: Path) -> str:
-    text = clip.parent / f"{clip.name if clip.is_dir() else clip.stem}.txt"
-    label = "" if root in (clip, clip.parent) else clip.parent.name
-    return " ".join(text.read_text("utf-8-sig", "replace").split()) if text.is_file() else label
-
-
-def _folder_clips(clips: list, config: DataConfig, n: int, rng, device, beside=None) -> tuple:
+def _folder_clips(found: list[Clip], config: DataConfig, n: int, rng, device, beside=None) -> tuple:
     if beside is None:
-        frames, chosen = config.frames, rng.integers(0, len(clips), n)
+        frames, chosen = config.frames, rng.integers(0, len(found), n)
     else:  # single frames, each from any clip but the one it goes beside, unless there is no other
-        frames, chosen = 1, beside["clips"].repeat(n // len(beside["clips"]))
-        chosen = (chosen + rng.integers(1, max(len(clips), 2), n)) % len(clips)
-    span, cuts = (frames - 1) * config.frame_stride[0] + 1, []
-    for i in chosen:
-        video = decode_cached(clips[i][0], config.size, config.channels)
-        start, mirrored = int(rng.integers(0, video.shape[1] - span + 1)), rng.random() < 0.5
-        cut = video[:, start : start + span : config.frame_stride[0]]
-        cuts.append(cut.flip(-1) if config.flip and mirrored else cut)
-    return to_float(torch.stack(cuts).to(device)), [clips[i][1] for i in chosen], {"clips": chosen}
+        frames, chosen = 1, np.repeat(beside["clips"], n // len(beside["clips"]))
+        chosen = (chosen + rng.integers(1, max(len(found), 2), n)) % len(found)
+    where, mirrored, faults = rng.random(n), rng.random(n) < 0.5, []
+    cuts, chosen = zip(*(_cut(found, i, frames, u, config, faults) for i, u in zip(chosen, where)))
+    cuts = [cut.flip(-1) if config.flip and mirror else cut for cut, mirror in zip(cuts, mirrored)]
+    truth = {"clips": chosen, "faults": faults}
+    return torch.stack(cuts), [found[i].caption for i in chosen], truth
+
+
+def _cut(found: list[Clip], i: int, frames: int, where: float, config: DataConfig, faults: list) -> tuple:
+    """Frames of clip i, or of the next one that can be decoded."""
+    step = config.frame_stride[0]
+    span = (frames - 1) * step + 1
+    for j in range(i, i + len(found)):
+        clip = found[j % len(found)]
+        start = int(where * (clip.frames - span + 1))
+        try:
+            cut = slice(start, start + span, step)
+            return decode(clip.path, config.size, config.channels, cut, config.fps), j % len(found)
+        except ValueError as error:
+            faults.append(str(error))
+    raise ValueError(f"none of {len(found)} clips can be decoded: {faults[0]}")

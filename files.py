@@ -2,9 +2,10 @@
 
 Tensors are (C, F, H, W) or (B, C, F, H, W) floats in [-1, 1]. Whatever is wrong with a file is a ValueError.
 """
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 STILLS, FILMS = (".png", ".jpg", ".jpeg", ".bmp"), (".mp4", ".avi", ".mov", ".mkv", ".webm")
-CLIPS = (".gif", ".webp", ".apng", ".npy", ".npz", *FILMS)
-MAX_FRAME, MAX_CLIP = 2**26, 2**31  # pixels of a frame, and of a clip: a thousand frames of 1920 x 1080
+ARRAYS, IMAGES = (".npy", ".npz"), ("GIF", "WEBP", "PNG", "JPEG", "BMP")
+CLIPS = (".gif", ".webp", ".apng", *ARRAYS, *FILMS)
+MAX_FRAME, MAX_CLIP = 2**26, 2**31  # pixels of a frame as it is in the file, and of all that are kept
+WHOLE = slice(0, None, 1)
 
 
 def load_video(path: str | Path, size: int, channels: int) -> Tensor:
@@ -36,39 +39,73 @@ def natural(path: Path) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
-def decode(path: Path, size: int, channels: int) -> Tensor:
-    """All frames of a clip as uint8 (C, F, size, size); ValueError: broken, oversized or of no known kind."""
-    pixels, frames = 0, []
-    try:
-        for image in _frames(path):
-            pixels += max(image.width * image.height, size * size)
-            if image.width * image.height > MAX_FRAME or pixels > MAX_CLIP:
-                raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame or {MAX_CLIP} in all")
+def probe(path: Path) -> tuple[int, float]:
+    """How many frames a clip has, and how many a second (0 if it is no film), by its header: nothing is
+    decoded. Raises ValueError as decode does.
+    """
+    with _readable(path):
+        if path.suffix.lower() in FILMS:
+            with _opened(path) as (film, stream, rate):
+                frames = stream.frames or round((film.duration or 0) / 1_000_000 * rate)
+                return frames or sum(packet.size > 0 for packet in film.demux(stream)), rate
+        if path.is_dir():
+            return len(_stills(path)), 0.0
+        if path.suffix.lower() in ARRAYS:
+            return len(_array(path)), 0.0
+        with Image.open(path, formats=IMAGES) as image:
+            return getattr(image, "n_frames", 1), 0.0
+
+
+def decode(path: Path, size: int, channels: int, cut: slice = WHOLE, fps: float = 0) -> Tensor:
+    """The frames of a cut, range(start, stop, step), of a clip as uint8 (C, F, size, size).
+
+    A film is decoded from the key frame before the cut on. The cut starts at a time, start over the film's
+    mean rate; with fps the film is resampled, and the cut counts the new frames. Raises ValueError: broken,
+    oversized, of no known kind, or shorter than the cut.
+    """
+    frames, wanted = [], len(range(cut.start, cut.stop, cut.step)) if cut.stop else None
+    with _readable(path):
+        for image in islice(_frames(path, size, cut, fps), wanted):
+            _bound(image.width * image.height, (len(frames) + 1) * size * size)
             frames.append(_fit(image, size, channels))
+        if cut.start and len(frames) < wanted:  # where the rate changes, or a header promises too much
+            return decode(path, size, channels, slice(0, cut.stop - cut.start, cut.step), fps)
+        if len(frames) < (wanted or 1):
+            raise ValueError(f"{len(frames)} frames, {wanted or 1} needed")
         return rearrange(torch.stack(frames), "f h w c -> c f h w").contiguous()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # a broken file makes decoders raise nearly anything, SyntaxError included
         reason = "needs `pip install av`" if isinstance(error, ImportError) else str(error) or repr(error)
-        raise ValueError(f"{path}: broken or unusable, {' '.join(reason.split())}") from error
+        said = f"{path}: broken or unusable, "
+        raise ValueError(said + " ".join(reason.removeprefix(said).split())) from error
 
 
-decode_cached = lru_cache(maxsize=128)(decode)  # as uint8: 16 frames of 64 x 64 in RGB are 200 kB
+def _bound(frame: int, kept: int = 0) -> None:
+    if frame > MAX_FRAME or kept > MAX_CLIP:
+        raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame or {MAX_CLIP} in all")
 
 
-def _frames(path: Path) -> Iterator[Image.Image]:
-    if path.is_dir():
-        for still in sorted((p for p in path.glob("[!.]*") if p.suffix.lower() in STILLS), key=natural):
-            yield from _frames(still)
-    elif path.suffix.lower() in FILMS:
-        import av  # optional, and only for this
-
-        with av.open(str(path)) as film:
-            yield from (frame.to_image() for frame in film.decode(video=0))
-    elif path.suffix.lower() in (".npy", ".npz"):
-        yield from map(Image.fromarray, _array(path))
+def _frames(path: Path, size: int, cut: slice, fps: float) -> Iterator[Image.Image]:
+    if path.suffix.lower() in FILMS:
+        yield from _film(path, size, cut, fps)
+    elif path.is_dir():
+        for still in _stills(path)[cut]:
+            yield from _frames(still, size, slice(0, 1, 1), fps)
+    elif path.suffix.lower() in ARRAYS:
+        yield from map(Image.fromarray, _array(path)[cut])
     else:
         # Pillow goes by content, not by name: only these readers, none that does more than decode pixels.
-        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP")) as image:
-            yield from ImageSequence.Iterator(image)
+        with Image.open(path, formats=IMAGES) as image:
+            yield from islice(ImageSequence.Iterator(image), cut.start, cut.stop, cut.step)
+
+
+def _stills(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("[!.]*") if p.suffix.lower() in STILLS), key=natural)
 
 
 def _array(path: Path) -> np.ndarray:
@@ -81,6 +118,55 @@ def _array(path: Path) -> np.ndarray:
             raise ValueError("values that are neither uint8 nor floats in [0, 1] or [-1, 1]")
         array = np.rint(array * 255 if array.min() >= 0 else (array + 1) * 127.5).astype(np.uint8)
     return array[..., 0] if array.shape[3:] == (1,) else array
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple]:
+    import av  # optional, and only for this
+
+    with av.open(str(path), container_options={"protocol_whitelist": "file"}) as film:
+        stream = next(iter(film.streams.video), None)
+        rate = stream and (stream.average_rate or stream.guessed_rate)
+        if not rate:
+            raise ValueError("no moving pictures in it")
+        stream.codec_context.thread_count = 1  # data.py has other processes for the other cores
+        yield film, stream, float(rate)
+
+
+def _film(path: Path, size: int, cut: slice, fps: float) -> Iterator[Image.Image]:
+    with _opened(path) as (film, stream, rate):
+        begin = float((stream.start_time or 0) * stream.time_base) + cut.start / (fps or rate)
+        frames = _from(begin, film, stream, rate)
+        frames = _on_display(frames, begin, fps, rate) if fps else (
+            frame for time, frame in frames if time > begin - 0.5 / rate)
+        for frame in islice(frames, 0, None, cut.step):
+            _bound(frame.width * frame.height)
+            zoom = size / min(frame.width, frame.height)
+            small = frame.reformat(round(frame.width * zoom), round(frame.height * zoom), "rgb24",
+                                   interpolation="BILINEAR", threads=1)  # 5 to 30 times faster than Pillow
+            yield small.to_image().rotate(frame.rotation, expand=True)
+
+
+def _from(begin: float, film, stream, rate: float) -> Iterator[tuple]:
+    """(seconds, frame) from a key frame on that is shown at begin or before; an AVI knows no times."""
+    if film.format.name == "avi":
+        yield from ((i / rate, frame) for i, frame in enumerate(film.decode(stream)))
+        return
+    for back in (0, 5, begin):  # seconds: what is shown before a key frame may follow it in the file
+        film.seek(max(0, int((begin - back) / stream.time_base)), stream=stream)
+        frames = ((frame.time, frame) for frame in film.decode(stream))
+        first = next(frames, None)
+        if first is None or first[0] <= begin:
+            break
+    yield from chain([first] if first else [], frames)
+
+
+def _on_display(frames: Iterator[tuple], clock: float, fps: float, rate: float) -> Iterator:
+    for (time, frame), after in pairwise(chain(frames, [None])):
+        until = after[0] if after else time + 1 / rate
+        while clock < until - 1e-3:  # containers round times to a millisecond
+            yield frame
+            clock += 1 / fps
 
 
 def _fit(image: Image.Image, size: int, channels: int) -> Tensor:

@@ -25,6 +25,10 @@ class Machine:
         # emulated, it is slower than float32; PyTorch has no public way to ask, nor this one everywhere
         return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
+    def cores(self) -> int:
+        """The CPU cores of this computer for each of the processes on it; torchrun says how many they are."""
+        return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
     def autocast(self) -> torch.autocast:
         """The mixed-precision context that networks run in; it changes nothing in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16())

@@ -51,6 +51,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
+    workers: int = -1  # [-1, 256] more processes that read clips ahead; -1: for films, half of the cores
     compile: bool = False  # torch.compile the network: minutes of waiting, then faster, on a GPU
     out: str = ""  # folder of the run; by default runs/<dataset>-<date>
     resume: str = ""  # folder of a run to go on with; its settings hold unless given again

@@ -101,7 +101,7 @@ def test_every_number_has_a_range_with_its_default_and_all_presets_inside(owner,
     for value in values:
         assert all(inside(number) for number in numbers(value)), (written, value)
         text = ",".join(map(str, numbers(value)))
-        said = [f"--{field.name}={text}", *NEEDS.get(field.name, [])]
+        said = [f"--{field.name}={text}", *(NEEDS.get(field.name, []) if owner is SampleConfig else [])]
         assert getattr(config.parse(owner, argv=said)[0], field.name) == value
 
 

@@ -98,7 +98,9 @@ def fit(s: Settings, machine: Machine) -> None:
     network = torch.compile(state.model) if s.train.compile else state.model
     network = DistributedDataParallel(network) if machine.world > 1 else network
     b, first = s.train.batch_size, state.step * s.train.accumulate * machine.world + machine.rank
-    stream = clean(batches(s.data, b, s.train.seed, first, machine.world, machine.device), state)
+    auto = machine.cores() // 2 or 1 if s.data.dataset == "video_folder" else 0
+    workers = auto if s.train.workers < 0 else s.train.workers
+    stream = clean(batches(s.data, b, s.train.seed, first, machine.world, machine.device, workers), state)
     clips, norm = b * s.train.accumulate * machine.world, torch.zeros(())
     with tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
               disable=machine.rank > 0) as bar:
@@ -191,7 +193,9 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
     folder, resumed = Path(s.train.out), Path(s.train.resume)
     if s.data.split != "train":
         raise ValueError(f"--split {s.data.split} is never trained on: sample.py draws from it")
-    next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
+    if machine.rank == 0:
+        next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
+    machine.any(False)  # all others wait for what the first notes down of the clips
     if machine.rank > 0:
         yield
         return
@@ -228,9 +232,11 @@ def main() -> None:
         with prepare(s, machine):
             fit(s, machine)
     except RuntimeError as error:
-        if not machine.lost(error):
+        reader = "DataLoader worker" in str(error)
+        if not reader and not machine.lost(error):
             raise
-        raise ValueError(f"process {machine.rank} of {machine.world} lost another one; start all of them "
+        lost = "a process that reads clips, perhaps for want of memory" if reader else "another one"
+        raise ValueError(f"process {machine.rank} of {machine.world} lost {lost}; start all of them "
                          f"again with --resume {shlex.quote(s.train.out)}") from None
     finally:
         if machine.world > 1:
