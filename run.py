@@ -39,7 +39,8 @@ class TrainConfig:
     steps: int = 20_000  # [1, 100000000] optimizer steps
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
     accumulate: int = 1  # [1, 65536] micro-batches in an optimizer step, on each process
-    lr: float = 1e-3  # (0, 1] learning rate of Adam after warm-up
+    lr: float = 1e-3  # (0, 1] learning rate after warm-up
+    optimizer: Literal["adam", "muon"] = "adam"  # the paper's Adam; muon learns faster by the clip, see GUIDE.md
     beta2: float = 0.99  # (0, 1) Adam's second decay rate; the first is 0.9
     weight_decay: float = 0.0  # [0, 1] decoupled weight decay
     warmup: int = 150  # [0, 1000000] optimizer steps from learning rate 0 to --lr
@@ -113,7 +114,7 @@ def settings(argv: list[str] | None = None) -> Settings:
             before.update(start_of(given.get("init"), given.get("latent")))
             cuda = find_device(given.get("device", "auto")).type == "cuda"
             return {"preset": "cuda" if cuda else "cpu"} | before
-        for name in {"preset", "init", "latent"} & set(given):
+        for name in {"preset", "init", "latent", "optimizer"} & set(given):
             raise ValueError(f"--{name} chooses what a new run starts from; it cannot be given with --resume")
         before.update(stored("resume", given["resume"])[2].flat())
         return before | {"out": given["resume"]}
@@ -181,8 +182,9 @@ def build(s: Settings, device: torch.device) -> State:
             model.load_state_dict(content["ema"])
     model = model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
-                                  weight_decay=s.train.weight_decay, fused=True)
+    kind = Muon if s.train.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
+                     weight_decay=s.train.weight_decay, fused=True)
     state = State(model, ema, optimizer)
     if s.train.resume:
         with weights("resume", s) as content:
@@ -195,6 +197,37 @@ def build(s: Settings, device: torch.device) -> State:
         clips = next(batches(replace(s.data, num_images=0), 64, s.train.seed))[0]
         state.autoencoder.measure(clips.to(device))  # so that latents have unit variance
     return state
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but matrices and kernels of 8 x 8 and more step along their orthogonalised momentum (Jordan et
+    al. 2024), half as long as lr in root mean square. torch.optim.Muon takes no kernels, and computes in bf16.
+    """
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step; takes the gradients of what it has moved."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is None or p.ndim < 2 or min(p.shape[:2]) < 8:
+                continue
+            state = self.state[p]
+            if not state:  # AdamW wants everybody to have a step when it is loaded
+                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+            momentum = state["momentum"].lerp_(p.grad, 0.05)
+            update = orthogonal(momentum.lerp(p.grad, 0.05).flatten(1))
+            lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+            p.mul_(1 - lr * decay).add_(update.view_as(p), alpha=-0.5 * lr * max(update.shape) ** 0.5)
+            p.grad = None
+        super().step()
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix with its singular values brought near 1, by five Newton-Schulz iterations."""
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x if x.shape == matrix.shape else x.T
 
 
 def ema_update(decay: float) -> Callable:

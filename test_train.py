@@ -3,6 +3,7 @@
 Most runs are a few steps of a tiny network in this process; real processes where the process is the point.
 """
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import config
+import run
 import train
 from data import batches
 from diffusion import denoiser, schedule
@@ -519,6 +521,41 @@ def test_the_micro_batches_of_two_processes_are_those_of_one(monkeypatch: Monkey
     assert fed.keys() == {4, 5, 6, 7}
     alone = itertools.islice(batches(s.data, 2, 0, 4), 4)
     assert same([fed[index] for index in range(4, 8)], [x for x, _ in alone])
+
+
+def test_orthogonal_keeps_the_singular_vectors_and_levels_their_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((12, 30), (30, 12)):
+        u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        levelled = run.orthogonal(u @ torch.diag(torch.linspace(1, 9, 12)) @ v)
+        core = u.T @ levelled @ v.T
+        assert torch.allclose(levelled, u @ core @ v, atol=1e-5)
+        assert torch.allclose(core, torch.diag(core.diagonal()), atol=1e-5)
+        assert 0.6 < core.diagonal().min() and core.diagonal().max() < 1.3
+
+
+def test_muon_turns_kernels_alone_and_half_as_far_as_lr() -> None:
+    layer = nn.Conv2d(16, 12, 3)
+    other = copy.deepcopy(layer)
+    for one, kind in ((layer, run.Muon), (other, torch.optim.AdamW)):
+        optimizer = kind(one.parameters(), lr=0.1, weight_decay=0.0)
+        one(torch.ones(1, 16, 3, 3)).square().sum().backward()
+        before = one.weight.detach().clone()
+        optimizer.step()
+    moved = (layer.weight - before).flatten(1)
+    assert torch.equal(layer.bias, other.bias) and not torch.equal(layer.weight, other.weight)
+    assert 0.6 < torch.linalg.matrix_norm(moved, 2) / (0.05 * 144**0.5) < 1.3
+
+
+def test_a_run_with_muon_can_be_resumed(tmp_path: Path) -> None:
+    flags = [*TINY, "--optimizer", "muon", "--save_every", 2, "--decay", "constant"]
+    whole, _ = (fitted([*flags, "--steps", steps], tmp_path / str(steps)) for steps in (4, 2))
+    s = train.settings(["--resume", str(tmp_path / "2"), "--steps", "4", "--out", str(tmp_path / "on")])
+    with train.prepare(s, CPU):
+        train.fit(s, CPU)
+    again = checkpoint.load(checkpoint.newest(tmp_path / "on"))
+    assert same(learned(again), learned(whole))
+    assert any("momentum" in state for state in whole["optimizer"]["state"].values())
 
 
 @pytest.mark.slow
