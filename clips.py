@@ -125,7 +125,7 @@ def _stamp(clip: Path) -> list[int]:
 
 
 def _read(index: Path) -> dict[str, list]:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # what is lost is looked at again
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # what is lost is made anew
         return {name: [stamp, int(frames), float(rate)]
                 for name, (stamp, frames, rate) in json.loads(index.read_text()).items()}
     return {}

