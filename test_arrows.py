@@ -32,7 +32,9 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "infill": ({"config", "data", "text", "unet3d", "magicvideo", "diffusion", "checkpoint", "guidance",
                 "sampling", "autoencoder"}, set()),
     "sample": ({"infill", "config", "data", "files"}, {"machine", "checkpoint", "magicvideo"}),
-    "bench": ({"unet3d", "diffusion", "guidance", "sampling"}, {"config", "cost", "data", "machine", "run"}),
+    "pack": ({"clips", "files"}, {"config", "checkpoint"}),
+    "bench": ({"unet3d", "diffusion", "guidance", "sampling"},
+              {"config", "cost", "data", "machine", "run", "pack"}),
     "features": ({"data"}, {"checkpoint", "config", "machine"}),
     "metrics": ({"features"}, {"data", "diffusion"}),
     "lab": ({"sample", "infill", "metrics", "features", "data"}, {"machine"}),
@@ -165,8 +167,8 @@ def test_no_file_has_more_than_250_lines_of_code(name):
     assert code_lines(name) <= 250
 
 
-@pytest.mark.parametrize("files, most", [(PAPER, 350), ([name for name in PRODUCT if name in ROOT], 2100),
-                                         ([name for name in PRODUCT if name in LAB], 900)])
+@pytest.mark.parametrize("files, most", [(PAPER, 350), ([name for name in PRODUCT if name in ROOT], 2110),
+                                         ([name for name in PRODUCT if name in LAB], 1000)])
 def test_paper_root_and_experiments_stay_small(files, most):
     assert sum(map(code_lines, files)) <= most
 

@@ -231,8 +231,8 @@ def main() -> None:
     try:
         with prepare(s, machine):
             fit(s, machine)
-    except RuntimeError as error:
-        reader = "DataLoader worker" in str(error)
+    except (RuntimeError, ConnectionError) as error:
+        reader = "DataLoader worker" in str(error) or isinstance(error, ConnectionError)
         if not reader and not machine.lost(error):
             raise
         lost = "a process that reads clips, perhaps for want of memory" if reader else "another one"

@@ -1,7 +1,8 @@
 """Speed and memory side by side: python -m experiments.bench.
 
 --table peer times our network against that of the package video-diffusion-pytorch (if it is installed), parts
-times ours alone, growth shows how time and memory grow with the clip. What is compared takes turns in one
+times ours alone, growth shows how time and memory grow with the clip, data how fast the films in --data_dir
+are read. What is compared takes turns in one
 process, A B A B, so that a noisy machine is noisy for all of it.
 """
 import dataclasses
@@ -12,6 +13,7 @@ import re
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +31,7 @@ import config
 import cost
 from data import DataConfig, batches
 from diffusion import DiffusionConfig, denoiser, loss, schedule
+from experiments.pack import pack
 from guidance import reconstruction_guided
 from machine import Machine, start
 from sampling import ddim, dpm_solver, sample
@@ -39,7 +42,8 @@ from unet3d import UNet3D, UNetConfig
 @dataclass
 class BenchConfig:
     """What to time, and how."""
-    table: Literal["peer", "parts", "growth"] = "peer"  # which table to make
+    table: Literal["peer", "parts", "growth", "data"] = "peer"  # which table to make
+    data_dir: str = ""  # folder of films, for the table data
     preset: str = "cpu_wide"  # the preset whose architecture is ours
     sizes: tuple[int, ...] = (32, 64)  # [8, 1024] sizes of the clips of 16 frames, one channel
     batch_size: int = 4  # [1, 65536] clips in a training step and in a network call
@@ -290,6 +294,38 @@ def _exponent(xs: tuple[int, ...], ys: list[float]) -> float:
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
+def data_table(c: BenchConfig, machine: Machine) -> None:
+    """Prints how many clips of 16 x 64 x 64 a second come from films, packed and not, by number of workers,
+    what the share of a training step is that waits for them, and what the preset ucf101 would want.
+    """
+    with tempfile.TemporaryDirectory() as packed:
+        pack(Path(c.data_dir), Path(packed), 64, 3, 0)
+        films = {"films": DataConfig("video_folder", c.data_dir, channels=3)}
+        films["packed"] = dataclasses.replace(films["films"], data_dir=packed)
+        print("| source | clips a second |\n|---|---|")
+        for name, workers in itertools.product(films, (0, 1, 2)):
+            stream = batches(films[name], c.batch_size, 0, workers=workers)
+            seconds = take_turns({name: lambda: [next(stream) for _ in range(20)]}, c.rounds)[name]
+            print(f"| {name}, {workers} workers | {shown([20 * c.batch_size / s for s in seconds])} |", flush=True)
+        trainer = Trainer(Entrant("ours", c.preset, (("size", 64), ("channels", 3))), 16, 64, c, machine)
+        for name, data in films.items():
+            print(f"\n{name}, 1 worker: {shown(_waits(trainer, data, c), 2)} of a training step waits for data")
+    work = flops(Entrant("ours", "ucf101"), 16, 64)
+    print(f"\nucf101: {work / 1e12:.1f} TFLOP a clip without images; 8 GPUs that each do 400 TFLOP/s would take "
+          f"{8 * 400e12 / work:.0f} clips a second")
+
+
+def _waits(trainer: Trainer, films: DataConfig, c: BenchConfig) -> list[float]:
+    stream, shares = batches(films, c.batch_size, 0, workers=1), []
+    next(stream)
+    for _ in range(5 * c.rounds):
+        begun = time.perf_counter()
+        trainer.x = next(stream)[0]
+        waited = time.perf_counter() - begun
+        shares.append(waited / (trainer.step() or time.perf_counter() - begun))
+    return shares
+
+
 def main() -> None:
     """Makes the table of --table."""
     c, = config.parse(BenchConfig)
@@ -298,7 +334,7 @@ def main() -> None:
     print(f"`python -m experiments.bench {shlex.join(sys.argv[1:])}`, {machine}, "
           f"PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}, allocator {tuned or 'as it is by default'}, "
           f"median [min, max] of {c.rounds} rounds\n")
-    {"peer": peer_table, "parts": parts_table, "growth": growth_table}[c.table](c, machine)
+    {"peer": peer_table, "parts": parts_table, "growth": growth_table, "data": data_table}[c.table](c, machine)
 
 
 if __name__ == "__main__":
