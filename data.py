@@ -56,7 +56,7 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
     """Batches start, start + stride, ... on the device: x (B, C, F+K, H, W), and B lists of 1+K captions.
 
     A run resumes with start=i; rank r of n takes start=r, stride=n. workers are processes that make batches
-    ahead. ValueError: bad config, no usable clip in data_dir, or a worker that died.
+    ahead. ValueError: bad config, or no usable clip. RuntimeError or ConnectionError: a worker died.
     """
     dataset = Batches(config, batch_size, seed, "cpu" if workers else device)
     pin = config.dataset == "video_folder" and torch.device(device).type == "cuda"

@@ -3,8 +3,6 @@ bars, so that a cut can be compared with the film decoded from its start.
 """
 import importlib.util
 import json
-import multiprocessing
-import os
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -281,18 +279,6 @@ def test_what_a_worker_finds_broken_is_one_sentence_too(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="^none of 1 clips can be decoded: [^\n]*a.npy: broken[^\n]*$"):
         next(batches(c, 2, 0, workers=1))
-
-
-def test_a_worker_that_dies_is_an_error_that_names_it(tmp_path):
-    array(tmp_path / "a.npy")
-    before = set(multiprocessing.active_children())
-    stream = batches(config(tmp_path), 2, 0, workers=1)
-    next(stream)
-    worker, = set(multiprocessing.active_children()) - before
-    os.kill(worker.pid, 9)
-    with pytest.raises((RuntimeError, ConnectionError), match="DataLoader worker|reset"):
-        for _ in range(100):
-            next(stream)
 
 
 # ---- real films ------------------------------------------------------------------------------------------
