@@ -6,6 +6,7 @@ on (--seed, i) alone, so that weights, Adam's state and the step make a resumed 
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import magicvideo
 from autoencoder import Autoencoder, AutoencoderConfig, frozen, in_latents
 from data import DataConfig, batches
 from diffusion import DiffusionConfig
-from machine import find_device
+from machine import Machine, find_device
 from magicvideo import MagicVideoConfig
 from text import TextConfig
 
@@ -53,6 +54,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
     workers: int = -1  # [-1, 256] more processes that read clips ahead; -1: for films, half of the cores
+    shard: bool = False  # with torchrun: each process holds a part of weights, EMA and Adam's state (FSDP2)
     compile: bool = False  # torch.compile the network: minutes of waiting, then faster, on a GPU
     out: str = ""  # folder of the run; by default runs/<dataset>-<date>
     resume: str = ""  # folder of a run to go on with; its settings hold unless given again
@@ -128,6 +130,8 @@ def settings(argv: list[str] | None = None) -> Settings:
         in_latents(s.unet, s.autoencoder)
     if s.train.latent and s.diffusion.prediction == "eps":
         raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
+    if s.train.shard and s.train.optimizer == "muon":
+        raise ValueError("--shard goes with --optimizer adam: muon needs whole matrices")
     return s
 
 
@@ -180,12 +184,10 @@ def build(s: Settings, device: torch.device) -> State:
     if s.train.init and not s.train.resume:
         with weights("init", s) as content:
             model.load_state_dict(content["ema"])
-    model = model.to(device, memory_format=torch.channels_last)
+    # What is sharded goes to the device part by part: the whole need not fit there.
+    model = model.to("cpu" if s.train.shard else device, memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
-    kind = Muon if s.train.optimizer == "muon" else torch.optim.AdamW
-    optimizer = kind(model.parameters(), lr=s.train.lr, betas=(0.9, s.train.beta2),
-                     weight_decay=s.train.weight_decay, fused=True)
-    state = State(model, ema, optimizer)
+    state = State(model, ema, optimizer(model, s.train))
     if s.train.resume:
         with weights("resume", s) as content:
             restore(state, content)
@@ -196,7 +198,44 @@ def build(s: Settings, device: torch.device) -> State:
             state.autoencoder = frozen(s.autoencoder, content["ema"], device)
         clips = next(batches(replace(s.data, num_images=0), 64, s.train.seed))[0]
         state.autoencoder.measure(clips.to(device))  # so that latents have unit variance
+    if s.train.shard:
+        shard(state, s.train)
     return state
+
+
+def optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that the flags name, of the model as it is now."""
+    kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
+    return kind(model.parameters(), lr=train.lr, betas=(0.9, train.beta2), weight_decay=train.weight_decay,
+                fused=True)
+
+
+def shard(state: State, train: TrainConfig) -> None:
+    """Leaves each of torchrun's processes its part of the weights, their averages and Adam's state, by
+    PyTorch's fully_shard: a block has its whole weights only while it runs.
+    """
+    from torch.distributed.fsdp import fully_shard  # they take a second, and few need them
+    from torch.distributed.tensor import distribute_tensor
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of outputs that are changed in place: none is
+    for network in (state.model, state.ema.module):
+        network.to(memory_format=torch.contiguous_format)  # it takes no other
+        blocks = [part for part in network.modules() if isinstance(part, magicvideo.Block)]
+        for part in (*blocks, network):
+            fully_shard(part, reshard_after_forward=True)
+    whole = state.optimizer
+    state.optimizer = optimizer(state.model, train)
+    for old, new in zip(whole.param_groups[0]["params"], state.model.parameters()):
+        state.optimizer.state[new] = {
+            name: distribute_tensor(value, new.device_mesh, new.placements) if value.shape else value
+            for name, value in whole.state[old].items()}
+
+
+def gathered(content: Any) -> Any:
+    """The same, with whole tensors where --shard left each process a part; all of them must ask."""
+    if isinstance(content, dict):
+        return {name: gathered(value) for name, value in content.items()}
+    return content.full_tensor().cpu() if hasattr(content, "full_tensor") else content
 
 
 class Muon(torch.optim.AdamW):
@@ -239,17 +278,21 @@ def ema_update(decay: float) -> Callable:
     return update
 
 
-def save(state: State, s: Settings) -> Path:
-    """Writes checkpoint_<step>.pt into the run's folder, keeps the newest --keep, and returns its path."""
-    folder = Path(s.train.out)
-    checkpoint.save(path := folder / f"checkpoint_{state.step:08d}.pt", {
+def save(state: State, s: Settings, machine: Machine) -> Path:
+    """Writes checkpoint_<step>.pt into the run's folder, keeps the newest --keep, and returns its path. The
+    first process writes; with --shard all of them must ask.
+    """
+    path = Path(s.train.out) / f"checkpoint_{state.step:08d}.pt"
+    content = gathered({
         "settings": s.flat(), "step": state.step,
         "model": state.model.state_dict(), "ema": state.ema.module.state_dict(),
         "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict(),
         "sampling": config.SAMPLING[s.train.preset],
         **({"autoencoder": state.autoencoder.state_dict()} if state.autoencoder else {})})
-    for old in sorted(folder.glob("checkpoint_*.pt"))[:-s.train.keep]:
-        old.unlink()
+    if machine.rank == 0:
+        checkpoint.save(path, content)
+        for old in sorted(path.parent.glob("checkpoint_*.pt"))[:-s.train.keep]:
+            old.unlink()
     return path
 
 
@@ -260,6 +303,10 @@ def restore(state: State, content: dict[str, Any]) -> None:
     state.ema.n_averaged.copy_(content["ema_count"])
     groups = state.optimizer.state_dict()["param_groups"]  # as the flags say now
     state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
+    for parameter, values in state.optimizer.state.items():
+        for name, value in values.items():
+            if value.shape:  # fused Adam goes by the order in memory, which --shard changes
+                values[name] = torch.empty_like(parameter).copy_(value)
     state.step = int(content["step"])
 
 

@@ -47,7 +47,7 @@ def checkpointed(folder: Path, *flags: str) -> Path:
     state, generator = train.build(s, CPU.device), torch.Generator().manual_seed(1)
     for parameter in state.ema.module.parameters():
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    train.save(state, s)
+    train.save(state, s, CPU)
     return folder
 
 

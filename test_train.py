@@ -76,6 +76,12 @@ def learned(content: dict) -> list[Tensor]:
     return tensors([content[key] for key in ("model", "ema", "ema_count", "optimizer")])
 
 
+def apart(ours: dict, theirs: dict, *parts: str) -> float:
+    """The root of the mean squared difference of two checkpoints, but for counts of steps."""
+    pairs = zip(*(tensors([content[part] for part in parts]) for content in (ours, theirs)), strict=True)
+    return torch.cat([(a - b).flatten() for a, b in pairs if a.shape]).square().mean().sqrt().item()
+
+
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     assert len(ours) == len(theirs) > 0, (len(ours), len(theirs))
     return all(torch.equal(a, b) for a, b in zip(ours, theirs))
@@ -558,6 +564,21 @@ def test_a_run_with_muon_can_be_resumed(tmp_path: Path) -> None:
     assert any("momentum" in state for state in whole["optimizer"]["state"].values())
 
 
+def test_a_run_goes_on_whatever_the_order_in_memory_of_what_is_saved(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    whole_4 = fitted([*TINY, *"--steps 4 --decay constant --save_every 2".split()], folder)
+    half = checkpoint.load(path := folder / "checkpoint_00000002.pt")
+    for values in half["optimizer"]["state"].values():
+        values.update({name: value.contiguous() for name, value in values.items()})
+    assert not all(value.is_contiguous() for value in half["model"].values())
+    (tmp_path / "half").mkdir()
+    checkpoint.save(tmp_path / "half" / path.name, half)
+    s = train.settings(["--resume", str(tmp_path / "half")])
+    with train.prepare(s, CPU):
+        train.fit(s, CPU)
+    assert same(learned(checkpoint.load(checkpoint.newest(tmp_path / "half"))), learned(whole_4))
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path: Path) -> None:
     flags = [*TINY, *"--steps 3 --dropout 0.1 --log_every 1 --ema 0.3 --clip 0.5".split()]
@@ -575,6 +596,48 @@ def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path: Path) -> N
     assert ours == pytest.approx(theirs, rel=1e-4)  # and only one process wrote
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("two", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of all processes, not of the first
+
+
+@pytest.mark.slow
+def test_shards_learn_what_one_process_learns_and_either_resumes_the_other(tmp_path: Path) -> None:
+    flags = [*TINY, *"--dropout 0.1 --log_every 1 --ema 0.3 --decay constant".split()]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py --accumulate 2 --shard".split()
+    whole, half = (fitted([*flags, "--accumulate", 4, "--steps", n], tmp_path / f"one{n}") for n in (4, 2))
+    for name, words in {"shards": [*flags, "--preview_every", 2], "on": ["--resume", tmp_path / "one2"]}.items():
+        steps = 2 if name == "shards" else 4
+        done = subprocess.run(**processes(*torchrun, *words, "--steps", steps, "--out", tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    shards, on = (checkpoint.load(checkpoint.newest(tmp_path / name)) for name in ("shards", "on"))
+    s = train.settings(["--resume", str(tmp_path / "shards"), "--no-shard", "--accumulate", "4", "--steps", "4",
+                        "--out", str(tmp_path / "back")])
+    with train.prepare(s, CPU):
+        train.fit(s, CPU)
+    back = checkpoint.load(checkpoint.newest(tmp_path / "back"))
+    for ours, theirs in ((shards, half), (on, whole), (back, whole)):
+        assert ours["model"].keys() == theirs["model"].keys() and ours["step"] == theirs["step"]
+        assert apart(ours, theirs, "optimizer") < 1e-5 < 1e-4 < apart(half, whole, "optimizer")
+        # Adam divides gradients that are 0 but for rounding by themselves
+        assert apart(ours, theirs, "model", "ema") < 0.1 * apart(half, whole, "model", "ema")
+    lines = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("shards", "one2")]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-4)
+    assert (tmp_path / "shards" / "samples" / "step_00000002.gif").is_file()
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_part_of_what_is_sharded(tmp_path: Path) -> None:
+    program = f"""
+import run, torch.distributed as dist
+dist.init_process_group("gloo")
+state = run.build(run.settings({[*TINY, "--shard"]!r}), "cpu")
+for network in (state.model, state.ema.module):
+    whole = sum(p.numel() for p in network.parameters())
+    here = sum(p.to_local().numel() for p in network.parameters())
+    assert 0.4 * whole < here < 0.6 * whole, (here, whole)
+dist.destroy_process_group()
+"""
+    (file := tmp_path / "parts.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})" + program)
+    done = subprocess.run(**processes(*"-m torch.distributed.run --standalone --nproc_per_node=2".split(), file))
+    assert done.returncode == 0, done.stderr
 
 
 def stopped(program: dict, folder: Path, number: int, beyond: int) -> tuple[int, str, str]:
@@ -652,6 +715,8 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "training on test digits": (["--split", "test"], "--split test is never trained on"),
     "unknown device": (["--device", "gpu"], "--device gpu"),
     "no such device": (["--device", "cuda:99"], "--device cuda:99"),
+    "shards of one process": (["--shard"], "start several with torchrun"),
+    "shards and muon": (["--shard", "--optimizer", "muon"], "--shard goes with --optimizer adam"),
     "no data_dir": (["--dataset", "video_folder"], "data_dir is ''"),
     "missing data_dir": (["--dataset", "video_folder", "--data_dir", "nowhere"], "data_dir is 'nowhere'"),
     "empty data_dir": (lambda folder: ["--dataset", "video_folder", "--data_dir", folder], "no usable clip"),

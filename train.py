@@ -29,7 +29,7 @@ from files import save_video
 from machine import Machine, start, stop_signals
 from magicvideo import between
 from sampling import dpm_solver
-from run import Settings, State, TrainConfig, build, forget_log, log, save, settings
+from run import Settings, State, TrainConfig, build, forget_log, gathered, log, save, settings
 from text import TextConfig, embed
 
 
@@ -74,12 +74,12 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
     total = torch.zeros((), device=machine.device)
     for part in range(s.train.accumulate):
         index = (state.step * s.train.accumulate + part) * machine.world + machine.rank
-        last = part == s.train.accumulate - 1
-        with contextlib.nullcontext() if last or machine.world == 1 else network.no_sync():
+        waits = part < s.train.accumulate - 1 and hasattr(network, "no_sync")
+        with network.no_sync() if waits else contextlib.nullcontext():
             part_loss = micro_batch_loss(network, next(stream), index, s, machine) / s.train.accumulate
             part_loss.backward()
         total += part_loss.detach()
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), s.train.clip)
+    norm = gathered(nn.utils.clip_grad_norm_(state.model.parameters(), s.train.clip))
     if torch.isfinite(norm):
         for group in state.optimizer.param_groups:
             group["lr"] = s.train.lr * lr_factor(s.train, state.step)
@@ -96,7 +96,7 @@ def fit(s: Settings, machine: Machine) -> None:
     if machine.rank == 0:
         forget_log(Path(s.train.out), state.step)
     network = torch.compile(state.model) if s.train.compile else state.model
-    network = DistributedDataParallel(network) if machine.world > 1 else network
+    network = DistributedDataParallel(network) if machine.world > 1 and not s.train.shard else network
     b, first = s.train.batch_size, state.step * s.train.accumulate * machine.world + machine.rank
     auto = machine.cores() // 2 or 1 if s.data.dataset == "video_folder" else 0
     workers = auto if s.train.workers < 0 else s.train.workers
@@ -120,10 +120,10 @@ def fit(s: Settings, machine: Machine) -> None:
                         "lr": state.optimizer.param_groups[0]["lr"],
                         "clips_per_second": clips * len(losses) / (time.time() - begun)})
                 losses, begun = [], time.time()
-            if machine.rank == 0:
+            if machine.rank == 0 or s.train.shard:
                 keep(state, s, machine)
-    if machine.rank == 0:
-        finish(state, s, stop, norm)
+    if machine.rank == 0 or s.train.shard:
+        finish(state, s, stop, norm, machine)
 
 
 def clean(stream: Iterator, state: State) -> Iterator:
@@ -135,7 +135,7 @@ def clean(stream: Iterator, state: State) -> Iterator:
 def keep(state: State, s: Settings, machine: Machine) -> None:
     """Writes the checkpoint and the preview that are due after this step."""
     if state.step % s.train.save_every == 0:
-        save(state, s)
+        save(state, s, machine)
     every = s.train.preview_every
     if state.step % every == 0 or state.step in (30, 200) and every > 30:  # early ones, to see that it works
         preview(state, s, machine)
@@ -153,7 +153,8 @@ def preview(state: State, s: Settings, machine: Machine) -> None:
     with machine.autocast():
         video = (torch.cat([x, model.video(model.latents(x))]) if s.train.arch == "autoencoder"
                  else draw(state, x, captions, s))
-    save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
+    if machine.rank == 0:
+        save_video(video, Path(s.train.out) / "samples" / f"step_{state.step:08d}")
 
 
 def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Tensor:
@@ -167,9 +168,11 @@ def draw(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Ten
     return dpm_solver(lambda z, logsnr: denoise(z, logsnr).clamp(-1, 1), z, logsnrs)
 
 
-def finish(state: State, s: Settings, stop: list[int], norm: Tensor) -> None:
+def finish(state: State, s: Settings, stop: list[int], norm: Tensor, machine: Machine) -> None:
     """Saves and says how to go on; exits with 128 + a signal, raises ValueError if norm is not finite."""
-    path = save(state, s)
+    path = save(state, s, machine)
+    if machine.rank > 0:
+        return
     go_on = f"python train.py --resume {shlex.quote(s.train.out)}"
     if not torch.isfinite(norm):
         raise ValueError(f"the gradient of step {state.step + 1} is not finite and was not applied; step "
@@ -193,6 +196,8 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
     folder, resumed = Path(s.train.out), Path(s.train.resume)
     if s.data.split != "train":
         raise ValueError(f"--split {s.data.split} is never trained on: sample.py draws from it")
+    if s.train.shard and machine.world == 1:
+        raise ValueError("--shard splits a model over processes, and there is one: start several with torchrun")
     if machine.rank == 0:
         next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
     machine.any(False)  # all others wait for what the first notes down of the clips
