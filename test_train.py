@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import checkpoint
 import config
 import run
+import text
 import train
 from data import batches
 from diffusion import denoiser, schedule
@@ -452,6 +453,19 @@ def test_a_folder_of_clips_is_trained_on_with_its_captions(clips: Path, tmp_path
     texts = {caption for *_, captions in run.fed for clip in captions for caption in clip}
     assert texts == {"a green disc", "blue noise"}  # the first of every ten clips is for testing
     assert (tmp_path / "run/samples/step_00000004.gif").exists()
+
+
+def test_a_bert_reads_the_captions_before_the_first_step_and_never_after(
+        clips: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    heard = []
+    monkeypatch.setattr(text, "_read", lambda caption, config: heard.append(caption) or torch.ones(3, 8))
+    s = train.settings([*TINY, *f"--dataset video_folder --data_dir {clips} --steps 2".split(),
+                        *"--encoder bert --cond_dim 8 --out run".split()])
+    with train.prepare(s, CPU):
+        assert sorted(heard) == ["a green disc", "blue noise"]
+        train.fit(s, CPU)
+    assert len(heard) == 2
 
 
 @pytest.mark.parametrize("flags", [

@@ -6,12 +6,16 @@ nothing else.
 """
 import functools
 import hashlib
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,51 @@ def _vector(word: str, dim: int) -> Tensor:
     return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
 
 
-@functools.lru_cache(maxsize=4096)  # a caption is a quarter of a megabyte at full size
+def read_ahead(captions: Iterable[str], config: TextConfig) -> None:
+    """Has the BERT read each caption once, and keeps what it says in runs/ for this run and all others, so that
+    no training step waits for a BERT. Raises ValueError as embed does.
+    """
+    kept, path = dict(_kept(config)), _file(config)
+    new = sorted({SPEED.fullmatch(caption)[1] for caption in captions} - kept.keys() - {""})
+    for caption in tqdm(new, "reading captions", disable=len(new) < 100):
+        kept[caption] = _read(caption, config)
+    if new:
+        path.parent.mkdir(exist_ok=True)
+        torch.save(kept, temporary := path.with_suffix(f".{os.getpid()}"))
+        temporary.replace(path)
+        _kept.cache_clear()
+
+
+def _file(config: TextConfig) -> Path:
+    stamps = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
+              for file in sorted(Path(config.bert).glob("*"))]  # none: a name, whose weights do not change
+    return Path("runs", f"captions-{hashlib.sha256(repr((config, stamps)).encode()).hexdigest()[:16]}.pt")
+
+
+@functools.cache
+def _kept(config: TextConfig) -> dict[str, Tensor]:
+    try:
+        return torch.load(_file(config), mmap=True, weights_only=True)
+    except Exception:  # there is none, or it is damaged: it is made anew
+        return {}
+
+
 def _bert(caption: str, config: TextConfig) -> Tensor:
     if not caption.strip():
         return torch.zeros(config.tokens, config.cond_dim)
+    hidden = _kept(config)[caption] if caption in _kept(config) else _read(caption, config)
+    return torch.cat([hidden, hidden.new_zeros(config.tokens - len(hidden), config.cond_dim)])
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(caption: str, config: TextConfig) -> Tensor:
     tokenizer, model = _load_bert(config.bert)
     if model.config.hidden_size != config.cond_dim:
         raise ValueError(f"--cond_dim is {config.cond_dim}, and the BERT {model.config.hidden_size} wide")
     longest = max(2, min(config.tokens, model.config.max_position_embeddings))  # 2: its own first and last
     batch = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt")
     with torch.no_grad():
-        hidden = model(**batch).last_hidden_state[0, :config.tokens]
-    return torch.cat([hidden, hidden.new_zeros(config.tokens - len(hidden), config.cond_dim)])
+        return model(**batch).last_hidden_state[0, :config.tokens].clone()
 
 
 @functools.cache
