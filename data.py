@@ -61,7 +61,7 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
     dataset = Batches(config, batch_size, seed, "cpu" if workers else device)
     pin = config.dataset == "video_folder" and torch.device(device).type == "cuda"
     loader = DataLoader(dataset, None, sampler=count(start, stride), num_workers=workers, pin_memory=pin,
-                        worker_init_fn=_ignore_ctrl_c, generator=torch.Generator())  # or it draws a number
+                        worker_init_fn=_ignore_signals, generator=torch.Generator())  # or it draws a number
     return _delivered(loader, device)
 
 
@@ -104,8 +104,9 @@ def _delivered(loader: DataLoader, device: Device) -> Iterator[tuple[Tensor, lis
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # train.py finishes its step, for which it needs batches
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # train.py finishes its step, for which it needs batches
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _at_speeds(draw: Callable, config: DataConfig, b: int, rng: np.random.Generator, device) -> tuple:

@@ -3,6 +3,7 @@ bars, so that a cut can be compared with the film decoded from its start.
 """
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -116,6 +117,25 @@ def test_uncommon_films_are_read(tmp_path, name, options):
     assert numbers(decode(path, 32, 3)) == [i // 2 * 2 for i in range(1 if name == "one.mp4" else 8)]
 
 
+def test_a_film_of_8k_is_read(tmp_path):
+    path = film(tmp_path / "8k.mp4", 3, size=(7680, 4320), preset="ultrafast")
+    left = decode(path, 32, 3)[:, :, 16, 0].float().mean(0)  # where the crop shows bar 1
+    assert probe(path) == (3, 25.0) and left[:2].max() < 30 and left[2] > 200
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_a_thousand_films(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    first = film(tmp_path / "0.mp4", preset="ultrafast")
+    for i in range(1, 1000):
+        os.link(first, tmp_path / f"{i}.mp4")
+    stream, peaks = batches(config(tmp_path, size=32), 4, 0), []
+    for _ in range(500):
+        next(stream)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[-1] - peaks[100] < 4096, (peaks[100], peaks[-1])  # kilobytes; a clip alone is 192 as floats
+
+
 def sound(path):
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as out:
@@ -164,6 +184,22 @@ def test_what_is_broken_inside_is_named_once_and_replaced_by_the_next_clip(tmp_p
         path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="none of 5 clips can be decoded: .*npy: broken"):
         next(batches(looked, 8, 0))
+
+
+def test_a_folder_that_grows_and_shrinks_while_it_is_read(tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    for i in range(3):
+        array(tmp_path / f"train/{i}.npy")
+    stream = batches(looked := config(tmp_path), 8, 0)
+    next(stream)
+    (tmp_path / "train/half.npy").write_bytes((tmp_path / "train/1.npy").read_bytes()[:500])
+    (tmp_path / "train/1.npy").unlink()
+    before = [x for x, _ in islice(stream, 3)]
+    assert "1.npy: broken or unusable, No such file" in (said := capsys.readouterr().err) and "half" not in said
+    assert all(torch.equal(x, y) for x, (y, _) in zip(before, islice(batches(looked, 8, 0, start=1), 3)))
+    array(tmp_path / "train/half.npy")  # complete at last, and a new run looks at it again
+    video_folder.cache_clear()
+    assert [clip.path.name for clip in video_folder(looked)] == ["0.npy", "2.npy", "half.npy"]
 
 
 # ---- the index -------------------------------------------------------------------------------------------

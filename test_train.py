@@ -683,6 +683,41 @@ def test_ctrl_c_and_sigterm_save_and_print_a_command_that_goes_on(tmp_path: Path
     assert [line["step"] for line in metrics(folder)] == list(range(1, metrics(folder)[-1]["step"] + 1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_the_step_and_leaves_no_process(
+        number: int, clips: Path, tmp_path: Path) -> None:
+    flags = f"--dataset video_folder --data_dir {clips} --channels 3 --workers 2 --steps 1000000".split()
+    flags = [*TINY, *flags, *"--log_every 1".split(), "--out", folder := tmp_path / "run"]
+    with subprocess.Popen(**processes("train.py", *flags), start_new_session=True) as process:
+        while not (path := folder / "metrics.jsonl").exists() or '"step": 2' not in path.read_text():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)  # a worker that stays would hold stdout open
+    assert process.returncode == 128 + number and "Traceback" not in err, err
+    step = int(re.search(r"stopped at step (\d+)", out)[1])
+    assert checkpoint.load(checkpoint.newest(folder))["step"] == step >= 2
+
+
+@pytest.mark.slow
+def test_a_reading_process_that_dies_is_one_sentence(clips: Path, tmp_path: Path) -> None:
+    flags = f"--dataset video_folder --data_dir {clips} --channels 3 --workers 1 --steps 1000000".split()
+    flags = [*TINY, *flags, *"--log_every 1 --save_every 1".split(), "--out", folder := tmp_path / "run"]
+    with subprocess.Popen(**processes("train.py", *flags)) as process:
+        while not (path := folder / "metrics.jsonl").exists() or '"step": 2' not in path.read_text():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="],
+                                  capture_output=True, text=True).stdout.splitlines()
+        worker, = (int(line.split()[0]) for line in children if "train.py" in line)
+        os.kill(worker, signal.SIGKILL)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert "lost a process that reads clips" in err and f"--resume {folder}" in err
+    assert checkpoint.load(checkpoint.newest(folder))["step"] >= 1
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,7 @@ def fit(s: Settings, machine: Machine) -> None:
     stream = clean(batches(s.data, b, s.train.seed, first, machine.world, machine.device, workers), state)
     clips, norm = b * s.train.accumulate * machine.world, torch.zeros(())
     with tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
-              disable=machine.rank > 0) as bar:
+              disable=machine.rank > 0) as bar, contextlib.closing(stream):  # or its workers would stay
         losses, begun = [], time.time()
         while state.step < s.train.steps and not machine.any(bool(stop)):
             value, norm = train_step(network, state, stream, s, machine)
