@@ -68,21 +68,26 @@ def _caption(clip: Path, root: Path) -> str:
 
 
 def _listed(listing: Path, root: Path) -> Named:
-    """A line is a path, and a caption or a class number (UCF-101), or it is one of Kinetics' csv files."""
+    """A line is a path, and a caption or a class number (UCF-101), or it is one of Kinetics' csv files. Where
+    the clip has been packed, that is taken.
+    """
     try:
         lines = listing.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
         raise ValueError(f"--list {listing} cannot be read: {error}") from None
     if lines and "youtube_id" in lines[0]:
-        films = {clip.stem: clip for clip, _ in _found(root)}
+        films = {clip.name.partition(".")[0]: clip for clip, _ in _found(root)}
         names = [(f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}", row["label"])
                  for row in csv.DictReader(lines)]
         return [(films.get(name, root / f"{name}.mp4"), label) for name, label in names]
     ending = "|".join(map(re.escape, CLIPS))
     pattern = re.compile(rf'"?(.+?(?:{ending})|[^\s,]+)"?(?:[\s,]+"?(.*?)"?)?\s*', re.IGNORECASE)
     pairs = [pattern.fullmatch(line).groups() for line in lines if line.strip()]
-    return [(path := root / name, _caption(path, root) if (text or "0").isdecimal() else text)
-            for name, text in pairs]
+    named = []
+    for name, text in pairs:
+        path = packed if (packed := root / f"{name}.npy").exists() else root / name  # see experiments/pack.py
+        named.append((path, _caption(path, root) if (text or "0").isdecimal() else text))
+    return named
 
 
 def look(clips: Sequence[Path], root: Path) -> list[tuple[int, float] | str]:
