@@ -89,10 +89,14 @@ class Autoencoder(nn.Module):
         """What is diffused: the scaled means of clean frames x (B, C, F, H, W)."""
         return self.encode(x)[0] * self.scale
 
+    def decoded(self, z: Tensor) -> Tensor:
+        """The video of the scaled latents z, not clipped: guidance differentiates it."""
+        return self.decode(z / self.scale)
+
     @torch.no_grad()
     def video(self, z: Tensor) -> Tensor:
         """The video, in [-1, 1], of what was drawn."""
-        return self.decode(z / self.scale).clamp(-1, 1)
+        return self.decoded(z).clamp(-1, 1)
 
 
 def in_latents(unet: UNetConfig, config: AutoencoderConfig) -> UNetConfig:

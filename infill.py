@@ -45,7 +45,7 @@ class SampleConfig:
     delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
     method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
-    w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10 for frames, 1.5 for small ones
+    w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10, for small frames 1.5 (latents: 4)
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
     overlap: int = 0  # [0, 1024] frames given to predict, and shared by blocks; 0 is half the model's length
     stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
@@ -116,7 +116,7 @@ def show(given: Given, where: slice, x: Tensor) -> Given:
 
 def show_small(given: Given, stride: int, small: Tensor) -> Given:
     """given, with every stride-th frame seen as small (B, C, n, H / scale, W / scale)."""
-    given.low = torch.zeros(*given.x.shape[:3], *small.shape[3:], device=given.x.device)
+    given.low = torch.zeros(*small.shape[:2], len(given.known), *small.shape[3:], device=given.x.device)
     given.low_known = torch.zeros_like(given.known)
     given.low[:, :, ::stride], given.low_known[::stride] = small.to(given.x.device), True
     return given
@@ -224,9 +224,10 @@ def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: 
     if known.any():
         constrain = replacement(given.x.clone(), known, noise)
     if given.low is not None or known.any() and s.method == "reconstruction":
-        w_r = s.w_r or (10.0 if given.low is None else 1.5)
+        w_r = s.w_r or (10.0 if given.low is None else 4.0 if model.autoencoder else 1.5)
+        pixels = model.autoencoder.decoded if model.autoencoder else lambda x: x
         denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
-                                        lambda x: seen(given, s, x, smaller(x, s.scale)), w_r)
+                                        lambda x: seen(given, s, x, smaller(pixels(x), s.scale)), w_r)
     digits = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
     times = torch.linspace(1, 0, s.steps + 1, dtype=digits)
     logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)

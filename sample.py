@@ -37,7 +37,7 @@ def predict(model: Model, s: SampleConfig) -> Given:
     k = steered(model, s)
     if not 0 < k < (frames := s.frames or model.network.config.frames):
         raise ValueError(f"--mode predict draws what follows {k} of {frames} frames: give other --frames")
-    return show(nothing(model, s, frames), slice(0, k), source(model, s, k))
+    return show(nothing(model, s, frames), slice(0, k), inside(model, source(model, s, k)))
 
 
 def extend(model: Model, s: SampleConfig) -> Given:
@@ -49,7 +49,7 @@ def extend(model: Model, s: SampleConfig) -> Given:
     x = source(model, s, 0)
     if x.shape[2] >= len(given.known):
         raise ValueError(f"--input {s.input} has {x.shape[2]} frames already; --frames must be more")
-    return show(given, slice(0, x.shape[2]), x)
+    return show(given, slice(0, x.shape[2]), inside(model, x))
 
 
 def steered(model: Model, s: SampleConfig) -> int:
@@ -63,25 +63,23 @@ def steered(model: Model, s: SampleConfig) -> int:
 def interpolate(model: Model, s: SampleConfig) -> Given:
     """Every --stride-th frame, from a slow clip (Eq. 7)."""
     x, frames = slow_clip(model, s)
-    return show(nothing(model, s, frames), slice(None, None, s.stride), x)
+    return show(nothing(model, s, frames), slice(None, None, s.stride), inside(model, x))
 
 
 def super_resolve(model: Model, s: SampleConfig) -> Given:
     """All frames, --scale times smaller (Eq. 8)."""
     x = source(model, s, s.frames or (0 if s.input else model.network.config.frames))
-    return show_small(nothing(model, s, x.shape[2]), 1, small(model, s, x))
+    return show_small(nothing(model, s, x.shape[2]), 1, small(s, x))
 
 
 def cascade(model: Model, s: SampleConfig) -> Given:
     """Every --stride-th frame, --scale times smaller: both observations at once (figure 2)."""
     x, frames = slow_clip(model, s)
-    return show_small(nothing(model, s, frames), s.stride, small(model, s, x))
+    return show_small(nothing(model, s, frames), s.stride, small(s, x))
 
 
-def small(model: Model, s: SampleConfig, x: Tensor) -> Tensor:
-    """x made --scale times smaller, as --base draws it. ValueError: that cannot be, or latents are drawn."""
-    if model.autoencoder:
-        raise ValueError(f"--mode {s.mode} is given small frames, and this model draws latents")
+def small(s: SampleConfig, x: Tensor) -> Tensor:
+    """x made --scale times smaller, or as --base drew it. Raises ValueError if its size cannot be divided."""
     if not s.base and x.shape[-1] % s.scale:
         raise ValueError(f"--scale {s.scale} does not divide the model's {x.shape[-1]} pixels")
     return x if s.base else smaller(x, s.scale)
@@ -109,7 +107,7 @@ def key_frames(model: Model, s: SampleConfig) -> Given:
     if s.frames and (s.frames - 1) % gap:
         raise ValueError(f"--frames {s.frames} must be 1 more than a multiple of {gap}, from key to key")
     frames = s.frames or (0 if s.input or s.base else 4 * gap + 1)
-    return gaps(model, s, source(model, s, (frames - 1) // gap + 1, gap))
+    return gaps(model, s, inside(model, source(model, s, (frames - 1) // gap + 1, gap)))
 
 
 def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
@@ -140,15 +138,15 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
     stride; (B, C, frames, H, W).
     """
     if s.base:
-        return inside(model, drawn_by_base(model, s, frames))
+        return drawn_by_base(model, s, frames)
     if not s.input:
         stride *= max(1, round(8 / s.fps)) if s.fps else min(model.data.frame_stride)
         data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
-        return inside(model, next(batches(data, s.num, s.seed))[0])
+        return next(batches(data, s.num, s.seed))[0]
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
         raise ValueError(f"--input {s.input} has {x.shape[1]} frames, {frames} are needed")
-    return inside(model, x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1))
+    return x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1)
 
 
 def inside(model: Model, x: Tensor) -> Tensor:

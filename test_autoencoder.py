@@ -1,4 +1,5 @@
 """The autoencoder: shapes, the KL's closed form, which frames hear of which, and diffusion in its latents."""
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import run
 import train
 from autoencoder import Autoencoder, AutoencoderConfig, in_latents, kl
 from data import DataConfig, batches
+from diffusion import DiffusionConfig, alpha_sigma
 from machine import Machine
 from test_train import fitted
 from test_unet3d import changed, noise, wild
@@ -265,10 +267,39 @@ def test_a_mistake_in_training_is_one_sentence(flags, parts, latent, coder, tmp_
     assert stop.value.code == 2 and err.count("\n") == 1 and all(part in err for part in parts)
 
 
-def test_small_frames_are_refused_for_latents(latent, tmp_path, monkeypatch, capsys: CaptureFixture):
-    with pytest.raises(SystemExit):
-        drawn(monkeypatch, latent, tmp_path, "--mode", "super_resolve")
-    assert "super_resolve is given small frames, and this model draws latents" in capsys.readouterr().err
+@pytest.mark.parametrize("mode", ["super_resolve", "cascade"])
+def test_small_frames_are_seen_through_the_decoder(mode, monkeypatch):
+    """With a linear decoder D and x_hat = c z, Eq. 8 is a matrix: c z - w_r alpha c A^T (A c z - a), where A is
+    pooling times D over the scale of the latents."""
+    coder, kernel = Autoencoder(AutoencoderConfig(1, 4, width=8)), noise(4, 1, 4, 4)
+    coder.scale.fill_(0.7)
+    monkeypatch.setattr(coder, "decode", lambda y: torch.stack(
+        [torch.nn.functional.conv_transpose2d(frame, kernel, stride=4) for frame in y.unbind(2)], 2))
+    stub = types.SimpleNamespace(config=types.SimpleNamespace(keys=False))
+    model = infill.Model(stub, None, DiffusionConfig(), None, CPU.device, coder)
+    s = infill.SampleConfig(mode=mode, scale=2, w_r=0.3, steps=1)
+    stride = 1 if mode == "super_resolve" else 2
+    seen, small = range(0, 3, stride), noise(1, 1, 3, 4, 4)[:, :, ::stride]
+    nothing = infill.Given(torch.zeros(1, 4, 3, 2, 2), torch.zeros(3, dtype=torch.bool))
+    given = infill.show_small(nothing, stride, small)
+    monkeypatch.setattr(infill, "sample", lambda denoise, z, *rest: denoise)
+    guided = infill.draw(lambda z, logsnr: 0.6 * z, given, model, s, torch.Generator())
+    z, logsnr = noise(1, 4, 3, 2, 2), torch.tensor(0.4)
+    patches = torch.einsum("b c f i j, c k l -> b f i j k l", z / 0.7 * 0.6, kernel[:, 0])  # what D shows
+    pooled = patches.unflatten(5, (2, 2)).unflatten(4, (2, 2)).mean((5, 7))  # b f i j k l, k and l of 2
+    wanted = small[:, 0].unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(0, 1, 2, 4, 3, 5)
+    error = torch.zeros_like(pooled)
+    error[:, seen] = 2 * pooled[:, seen] - 2 * wanted  # the factor is the scale's: pooling has norm 1 with it
+    spread = error.repeat_interleave(2, 4).repeat_interleave(2, 5) * 2 / 4
+    back = torch.einsum("b f i j k l, c k l -> b c f i j", spread, kernel[:, 0]) / 0.7
+    alpha, _ = alpha_sigma(logsnr)
+    assert torch.allclose(guided(z, logsnr), 0.6 * z - 0.3 * alpha * 0.6 * back, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", ["--mode super_resolve", "--mode super_resolve --scale 4 --frames 6",
+                                   "--mode cascade --stride 2"])
+def test_latents_are_drawn_from_small_frames(flags, latent, tmp_path, monkeypatch):
+    assert drawn(monkeypatch, latent, tmp_path, *flags.split()).shape == (1, 1, 6 if "6" in flags else 4, 16, 16)
 
 
 def test_an_autoencoder_alone_draws_nothing(coder, tmp_path, monkeypatch, capsys: CaptureFixture):

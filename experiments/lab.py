@@ -129,6 +129,6 @@ def build(c: EvaluateConfig) -> Lab:
     if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
         raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
                          f"{path} draws {drawn[1]} at {drawn[0]} px: train others with experiments.features")
-    if model.network.config.keys or c.experiment == "super_resolve" and model.autoencoder:
-        raise ValueError(f"{path} draws latents, or between key frames: --experiment {c.experiment} cannot")
+    if model.network.config.keys:
+        raise ValueError(f"{path} draws between key frames: --experiment {c.experiment} cannot")
     return Lab(c, path, model, features, machine, min(model.data.frame_stride))
