@@ -130,8 +130,9 @@ def settings(argv: list[str] | None = None) -> Settings:
         in_latents(s.unet, s.autoencoder)
     if s.train.latent and s.diffusion.prediction == "eps":
         raise ValueError("--latent needs --prediction v: the error of eps grows where nothing is clipped")
-    if s.train.shard and s.train.optimizer == "muon":
-        raise ValueError("--shard goes with --optimizer adam: muon needs whole matrices")
+    if s.train.shard and (s.train.optimizer == "muon" or s.train.arch == "autoencoder"):
+        raise ValueError("--shard goes with --optimizer adam, since muon needs whole matrices, and is not for "
+                         "--arch autoencoder")
     return s
 
 

@@ -766,6 +766,8 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "no such device": (["--device", "cuda:99"], "--device cuda:99"),
     "shards of one process": (["--shard"], "start several with torchrun"),
     "shards and muon": (["--shard", "--optimizer", "muon"], "--shard goes with --optimizer adam"),
+    "shards of an autoencoder": (["--shard", "--arch", "autoencoder", "--attention_resolutions", "16"],
+                                 "is not for --arch autoencoder"),
     "no data_dir": (["--dataset", "video_folder"], "data_dir is ''"),
     "missing data_dir": (["--dataset", "video_folder", "--data_dir", "nowhere"], "data_dir is 'nowhere'"),
     "empty data_dir": (lambda folder: ["--dataset", "video_folder", "--data_dir", folder], "no usable clip"),
