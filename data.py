@@ -91,9 +91,9 @@ class Batches(Dataset):
 
 
 def _delivered(loader: DataLoader, device: Device) -> Iterator[tuple[Tensor, list[list[str]]]]:
-    told = set()
+    told, read = set(), iter(loader)
     try:
-        for x, captions, faults in loader:
+        for x, captions, faults in read:
             for fault in dict.fromkeys(faults):
                 if fault not in told:
                     told.add(fault)
@@ -102,6 +102,9 @@ def _delivered(loader: DataLoader, device: Device) -> Iterator[tuple[Tensor, lis
             yield to_float(x) if x.dtype == torch.uint8 else x, captions
     except ValueError as error:  # a worker's comes with its traceback
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+    finally:
+        if loader.num_workers:  # an error's traceback would keep them, and they ignore the signal to end
+            read._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:

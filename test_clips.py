@@ -3,6 +3,7 @@ bars, so that a cut can be compared with the film decoded from its start.
 """
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 from dataclasses import replace
@@ -326,7 +327,8 @@ def test_what_a_worker_finds_broken_is_one_sentence_too(tmp_path, capsys):
     video_folder(c := config(tmp_path))
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="^none of 1 clips can be decoded: [^\n]*a.npy: broken[^\n]*$"):
-        next(batches(c, 2, 0, workers=1))
+        next(batches(c, 2, 0, workers=2))
+    assert not multiprocessing.active_children()  # one that stays would hold the whole program at its end
 
 
 # ---- real films ------------------------------------------------------------------------------------------
