@@ -39,6 +39,10 @@ ARROWS = {  # file: neighbours it must import, neighbours it may import
     "metrics": ({"features"}, {"data", "diffusion"}),
     "lab": ({"sample", "infill", "metrics", "features", "data"}, {"machine"}),
     "ablations": ({"lab", "infill"}, {"autoencoder", "cost", "diffusion", "run", "text"}),
+    "panels": (set(), set()),
+    "plots": ({"panels", "lab"}, {"config"}),
+    "figures": ({"panels", "lab", "features", "infill", "sample", "guidance", "sampling", "diffusion", "unet3d"},
+                {"config", "data", "text"}),
     "evaluate": ({"sample", "infill", "metrics", "lab", "ablations"}, {"config", "data", "diffusion", "features"}),
 }
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL"}
@@ -103,13 +107,14 @@ def test_a_leaf_imports_no_neighbour(name):
 
 def test_guidance_and_sampling_never_meet_but_in_the_programs():
     assert "sampling" not in neighbours("guidance") and "guidance" not in neighbours("sampling")
-    assert {name for name in PRODUCT if {"guidance", "sampling"} <= neighbours(name)} == {"infill", "bench"}
+    assert ({name for name in PRODUCT if {"guidance", "sampling"} <= neighbours(name)}
+            == {"infill", "bench", "figures"})
     assert {"guidance", "sampling"} <= {name for name in PRODUCT if "diffusion" in neighbours(name)}
 
 
 def test_the_network_is_imported_by_programs_alone():
     assert ({name for name in PRODUCT if "unet3d" in neighbours(name)}
-            <= {"infill", "bench", "magicvideo", "autoencoder"})
+            <= {"infill", "bench", "figures", "magicvideo", "autoencoder"})
     assert ({name for name in PRODUCT if "magicvideo" in neighbours(name)}
             <= {"run", "train", "infill", "sample", "cost", "autoencoder"})
 
@@ -167,8 +172,8 @@ def test_no_file_has_more_than_250_lines_of_code(name):
     assert code_lines(name) <= 250
 
 
-@pytest.mark.parametrize("files, most", [(PAPER, 350), ([name for name in PRODUCT if name in ROOT], 2169),
-                                         ([name for name in PRODUCT if name in LAB], 1000)])
+@pytest.mark.parametrize("files, most", [(PAPER, 350), ([name for name in PRODUCT if name in ROOT], 2172),
+                                         ([name for name in PRODUCT if name in LAB], 1361)])
 def test_paper_root_and_experiments_stay_small(files, most):
     assert sum(map(code_lines, files)) <= most
 

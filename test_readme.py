@@ -142,3 +142,34 @@ def test_the_tests_that_pages_name_are_there(page):
     tests = "\n".join(path.read_text() for path in [*HERE.glob("test_*.py"), *HERE.glob("experiments/test_*.py")])
     for name in re.findall(r"`(test_\w+)`", (HERE / page).read_text()):
         assert f"def {name}(" in tests, name
+
+
+GUIDE = (HERE / "GUIDE.md").read_text()
+EXCERPTS = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+
+
+def test_the_whole_in_ten_lines_runs():
+    whole, *_ = EXCERPTS
+    assert len([line for line in whole.splitlines() if line and "import" not in line]) <= 10
+    exec(whole + "\nassert video.shape == (1, 1, 16, 32, 32) and video.abs().max() <= 1", {})
+
+
+@pytest.mark.parametrize("excerpt", EXCERPTS[1:], ids=[text.split()[0] for text in EXCERPTS[1:]])
+def test_what_the_guide_shows_of_the_code_is_the_code(excerpt):
+    assert any(excerpt in path.read_text() for path in HERE.glob("*.py") if not path.name.startswith("test_"))
+
+
+def test_the_guides_equations_are_balanced():
+    assert GUIDE.count("$$") % 2 == 0
+    for equation in re.findall(r"\$\$(.*?)\$\$", GUIDE, re.S):
+        plain = equation.replace(r"\{", "").replace(r"\}", "")
+        assert plain.count("{") == plain.count("}"), equation
+        assert len(re.findall(r"\\left\b", plain)) == len(re.findall(r"\\right\b", plain)), equation
+
+
+def test_every_exercise_is_marked_by_tests_that_are_there():
+    tests = {path.name: re.findall(r"def (test_\w+)", path.read_text()) for path in HERE.glob("test_*.py")}
+    exercises = re.findall(r"python -m pytest (test_\w+\.py)(?: -k (\"[^\"]+\"|\w+))?", GUIDE)
+    assert len(exercises) >= 10
+    for file, words in exercises:
+        assert not words or all(any(word in name for name in tests[file]) for word in words.strip('"').split(" or "))

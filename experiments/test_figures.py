@@ -1,0 +1,74 @@
+"""Tests of figures.py, plots.py and panels.py: pictures are files of some size, and what they compute is right."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from experiments import figures, plots
+from experiments.lab import HERE
+from sampling import sample
+
+
+def draw(monkeypatch, module, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+    module.main()
+
+
+@pytest.mark.parametrize("name", ["block", "weights", "gamma"])
+def test_a_figure_is_a_picture(name: str, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    draw(monkeypatch, figures, name, "--steps", "3", "--out", str(tmp_path))
+    with Image.open(tmp_path / f"{name}.png") as picture:
+        assert picture.width > 400 and len(picture.convert("L").getcolors()) > 20
+
+
+def test_every_plot_is_drawn_from_the_results(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    draw(monkeypatch, plots, "--out", str(tmp_path))
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(plots.PLOTS)
+
+
+def test_without_matplotlib_there_is_a_hint(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        figures.weights(2)
+
+
+def test_the_pictures_are_those_of_the_pages_and_small() -> None:
+    pages = {"guide": (figures.FIGURES, "GUIDE.md"), "plots": (plots.PLOTS, "experiments/README.md")}
+    for folder, (functions, page) in pages.items():
+        there = {path.stem for path in (HERE / "assets" / folder).glob("*.png")}
+        text = (HERE / page).read_text()
+        assert there == set(functions) and all(f"{folder}/{name}.png" in text for name in there)
+    assert max(path.stat().st_size for path in (HERE / "assets").glob("*/*.png")) < 300_000
+
+
+def test_the_map_of_frames_is_what_the_layer_does(monkeypatch) -> None:
+    x, caught = figures.real()[0], []
+    seen, mix = figures.attention(figures.PIXELS, x, -3.0)
+    hook = mix.register_forward_hook(lambda mix, inputs, out: caught.append(inputs))
+    figures.model(figures.PIXELS).network(*figures.noised(x, -3.0))
+    hook.remove()
+    q, k, v, mask = caught[0]
+    frames = torch.eye(16, v.shape[-1])[:, None, None].expand_as(v)  # a value that says its frame
+    monkeypatch.setattr(mix, "value_table", torch.nn.Parameter(torch.zeros_like(mix.value_table)))
+    assert torch.allclose(mix(q, k, frames, mask)[..., :16].mean((1, 2)), seen, atol=1e-5)
+
+
+def test_two_gaussian_frames_are_drawn_exactly_with_guidance_and_corrector() -> None:
+    drawn = figures.two_frames(1.0, figures.levels(128, 1.0), 1.0)
+    assert abs(drawn.mean() - 0.9) < 0.03 and abs(drawn.std() - 0.19**0.5) < 0.03
+    alone = figures.two_frames(0.0, figures.levels(128, 1.0))
+    assert alone.mean() < 0.7  # what the picture of section 3.1 shows
+
+
+def test_a_watched_denoiser_is_the_same_and_notes_every_call() -> None:
+    z, logsnrs, seen = torch.randn(1, 1, 2, 4, 4), figures.levels(5), []
+
+    def denoise(z, logsnr):
+        return 0.5 * z
+    drawn = [sample(one, z, logsnrs, generator=figures.seeded())
+             for one in (denoise, figures.watched(denoise, seen))]
+    assert torch.equal(*drawn) and len(seen) == 5 and torch.equal(seen[0][2], 0.5 * z)
