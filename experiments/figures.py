@@ -172,16 +172,16 @@ def gamma(steps: int) -> Any:
 
 
 def corrector(steps: int) -> Any:
-    """A frame before and after a Langevin step; and two Gaussian frames, the first given, with and without
-    such steps at equal calls.
+    """A clip whose middle frame was wiped out, after so many Langevin steps; below, two Gaussian frames, the
+    first given, with and without such steps at equal calls.
     """
-    layout = [[name, f"{name} after", "replacement", "w_r = 1"] for name in ("z", "x̂")]
-    figure, axes = panels(layout, (9, 3), width_ratios=(1, 1, 1.7, 1.7))
-    denoise, (z, level) = pixels(real()[1]), noised(real()[0], -1.0)
-    for after, clip in (("", z), (" after", langevin(denoise, z, level, 0.3, seeded()))):
-        for name, frame in (("z" + after, clip), ("x̂" + after, denoise(clip, level))):
-            image(axes[name], frame[0, 0, 8], cmap="gray", vmin=-1, vmax=1)
-            axes[name].set_title(name)
+    (x, text), rows, g = real(), {}, torch.Generator().manual_seed(1)  # not the noise that is in z
+    denoise, (z, level) = pixels(text, 1.0), noised(x.index_fill(2, torch.tensor(8), -1), 0.0)
+    for i in range(41):
+        if i in (0, 1, 10, 40):
+            rows[f"x̂ after {i}"] = denoise(z, level)[0][:, 4:13]
+        z = langevin(denoise, z, level, 0.3, g)
+    figure, axes = strips(rows, (), [["replacement", "w_r = 1"]], 2.4, 7)
     for name, w_r in (("replacement", 0.0), ("w_r = 1", 1.0)):
         for delta in (0.0, 0.1, 0.3, 1.0):
             means = {n: two_frames(w_r, levels(n // 2 if delta else n, 1.0), delta).mean() for n in CALLS}
@@ -308,6 +308,7 @@ def drift(steps: int) -> Any:
                         == torch.arange(10)[:, None]).float().mean(0)
     figure, axes = strips(rows, (0, 8, 16, 24), [["share"]], 2)
     for name, share in shares.items():
+        strip(axes[name], rows[name], name, (16, 24))  # the first block has 16 frames, those after it add 8
         axes["share"].plot(share, label=name)
     for seam in range(16, 64, 8):
         axes["share"].axvline(seam, color=ORANGE, lw=0.5)
@@ -328,9 +329,8 @@ def magic(steps: int) -> Any:
     rows = {f"latent {c + 1}": latents[0, c:c + 1] / 2.5 for c in range(4)}
     figure, axes = strips({"clip": x[0], **rows, "key frames": filled[0]}, (), [["VDM", "MagicVideo"]], 2.2)
     strip(axes["key frames"], filled[0], "key frames", range(0, 13, 4))
-    matrix(axes["VDM"], attention(PIXELS, x, -3.0)[0], "VDM", cmap="magma", vmax=0.4)
-    seen = attention("magicvideo_32", latents, -1.0)[0]
-    matrix(axes["MagicVideo"], seen, "MagicVideo", cmap="magma", vmax=0.4)
+    for title, name, clip, at in (("VDM", PIXELS, x, -3.0), ("MagicVideo", "magicvideo_32", latents, -1.0)):
+        matrix(axes[title], attention(name, clip, at)[0], title, cmap="magma", vmax=0.4)
     return figure
 
 
