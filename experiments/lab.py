@@ -124,7 +124,7 @@ def build(c: EvaluateConfig) -> Lab:
     if model.data.dataset != "moving_mnist" and (model.data.dataset, c.experiment) != (
             "stochastic_moving_mnist", "predict"):
         raise ValueError(f"{path} draws {model.data.dataset}, and {c.experiment} measures moving_mnist alone")
-    if c.experiment in ("guidance", "extend", "speed") and not model.text.cond_dim:
+    if c.experiment in ("guidance", "speed") and not model.text.cond_dim:
         raise ValueError(f"{path} was trained without captions, and --experiment {c.experiment} needs them")
     if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
         raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "

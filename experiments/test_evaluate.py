@@ -24,6 +24,7 @@ from data import DIRECTIONS, DataConfig, moving_mnist
 from experiments.ablations import small_model
 from experiments.evaluate import closest, heading, table
 from experiments.lab import EvaluateConfig, build
+from text import TextConfig
 from test_key_frames import BETWEEN, TINY
 from test_train import fitted, program
 
@@ -283,6 +284,15 @@ def test_seams_are_where_drawn_frames_follow_given_ones(frames, seams, lab, monk
     monkeypatch.setattr(lab.c, "frames", frames)
     next(iter(evaluate.extend(lab).values()))(0)
     assert found == [seams]
+
+
+def test_a_model_without_captions_extends_without_them(lab, monkeypatch):
+    calls = []
+    monkeypatch.setattr(lab, "model", dataclasses.replace(lab.model, text=TextConfig(cond_dim=0)))
+    real = lab.real(0, 64)[0]
+    monkeypatch.setattr(type(lab), "draw", lambda lab, seed, **flags: calls.append(flags) or real)
+    evaluate.extend(lab)["replacement"](0)
+    assert calls[0]["frames"] == lab.c.frames and not calls[0].keys() & {"texts", "w"}
 
 
 @pytest.mark.parametrize("flags, sentence", [(["--checkpoint", "nothing.pt"], "nothing.pt"),
