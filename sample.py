@@ -161,11 +161,11 @@ MODES = {mode.__name__: mode for mode in (
     generate, predict, extend, interpolate, super_resolve, cascade, key_frames)}
 
 
-def find(path: str, keys: bool = False) -> Path:
-    """The checkpoint that a file, a run's folder or "" means: the newest run's, else pretrained/'s first."""
+def find(path: str, keys: bool = False, text: str = "") -> Path:
+    """The checkpoint that a file, a run's folder or "" means: the newest run's, else what is in pretrained/."""
     if path:
         return checkpoint.find(path)
-    weights = "interpolate*.pt" if keys else "moving_mnist*.pt"
+    weights = "interpolate*.pt" if keys else "moving_mnist*.pt" if text else "uncaptioned*.pt"
     shipped = sorted((Path(__file__).parent / "pretrained").glob(weights))
     runs = [folder for folder in Path("runs").glob("*") if draws(folder, keys)]
     if not runs and not shipped:
@@ -209,7 +209,7 @@ def load() -> tuple[Model, SampleConfig, Machine]:
     """The model of --checkpoint and the settings: flags given by hand, else those that it carries."""
     typed, = config.parse(SampleConfig, first=FIRST)
     machine = start(typed.device, typed.precision, typed.threads)
-    model = load_model(path := find(typed.checkpoint, typed.mode == "key_frames"), machine.device)
+    model = load_model(path := find(typed.checkpoint, typed.mode == "key_frames", typed.text), machine.device)
     s, = config.parse(SampleConfig, first=FIRST, defaults=partial(carried, model.sampling))
     expect(model, s)
     taken = [f"--{name} {value}" for name, value in vars(s).items() if value != getattr(typed, name)]

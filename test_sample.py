@@ -545,7 +545,7 @@ def test_parameters_are_frozen_dropout_is_off_and_no_graph_is_kept(tiny: Path, t
     assert not drawn.video.requires_grad and drawn.video.grad_fn is None
 
 
-def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[[str], Path]:
+def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[..., Path]:
     """sample.find with folder as working directory and as the project's; in it are files of these names."""
     for age, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -553,7 +553,7 @@ def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[[str
         os.utime(folder / name, (1000 + age, 1000 + age))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sample, "__file__", str(folder / "sample.py"))
-    return lambda path: sample.find(path).resolve().relative_to(folder.resolve())
+    return lambda path, **kind: sample.find(path, **kind).resolve().relative_to(folder.resolve())
 
 
 def test_without_a_checkpoint_flag_the_newest_run_is_taken(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
@@ -564,8 +564,9 @@ def test_without_a_checkpoint_flag_the_newest_run_is_taken(monkeypatch: MonkeyPa
 
 def test_without_runs_the_weights_that_come_with_the_project_are_taken(monkeypatch: MonkeyPatch,
                                                                        tmp_path: Path) -> None:
-    find = lookup(monkeypatch, tmp_path, "pretrained/moving_mnist_64.pt", "runs/started/config.json")
-    assert str(find("")) == "pretrained/moving_mnist_64.pt"
+    shipped = [f"pretrained/{name}_64.pt" for name in ("uncaptioned", "moving_mnist", "interpolate")]
+    find = lookup(monkeypatch, tmp_path, *shipped, "runs/started/config.json")
+    assert [str(find("", **kind)) for kind in ({}, {"text": "a 3"}, {"keys": True})] == shipped
 
 
 def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:

@@ -46,8 +46,7 @@ def samplers(lab: Lab) -> dict[str, Arm]:
     """
     n = lab.c.calls
     flags = {f"ancestral, {n} steps": dict(steps=n),
-             f"predictor-corrector, {n // 2} steps": dict(steps=n // 2, delta=0.1),
-             f"predictor-corrector, {n // 2} steps, δ 0.3": dict(steps=n // 2, delta=0.3)}
+             f"predictor-corrector, {n // 2} steps": dict(steps=n // 2, delta=lab.c.delta)}
     flags |= {f"ancestral, {n} steps, γ {gamma}": dict(steps=n, gamma=gamma) for gamma in (0.1, 0.3, 1.0)}
     flags |= {f"{name}, {steps} steps": dict(sampler=name, steps=steps)
               for name in ("ddim", "dpm_solver") for steps in ((4,) if lab.c.quick else (10, 25, 50, 100))}
@@ -98,7 +97,7 @@ def extend(lab: Lab) -> dict[str, Arm]:
     data: FVD of 64 frames, guidance weight 2.0: reconstruction 136.22, replacement 451.45, ratio 3.3.
     """
     frames, length = lab.c.frames, lab.model.network.config.frames
-    plain, corrected = dict(steps=lab.c.calls), dict(steps=lab.c.calls // 2, delta=0.1)
+    plain, corrected = dict(steps=lab.c.calls), dict(steps=lab.c.calls // 2, delta=lab.c.delta)
     methods = {"replacement": dict(method="replacement")}
     methods |= {f"reconstruction, w_r {w_r}": dict(w_r=w_r) for w_r in (0.3, 1, 2, 5, 10, 50)}
     flags = {name: method | plain for name, method in methods.items()}

@@ -27,7 +27,7 @@ from sampling import langevin, sample as ancestral
 from text import embed
 from unet3d import TemporalMix, isolate
 
-PIXELS, CALLS = "moving_mnist_32", (8, 16, 32, 64, 128, 256)
+PIXELS, UNCAPTIONED, CALLS = "moving_mnist_32", "uncaptioned_32", (8, 16, 32, 64, 128, 256)
 BELIEVED = (-10.0, -7.0, -5.0, -4.0, -3.0, -2.0, 0.0, 3.0)
 
 
@@ -240,20 +240,21 @@ def mask(steps: int) -> Any:
 
 
 def conditional(steps: int) -> Any:
-    """Six given frames continued by replacement and by reconstruction guidance; how far x_hat is from them on
-    the way; and the same for two Gaussian frames, whose exact answer is known.
+    """Six given frames continued by replacement and by reconstruction guidance, in latents, uncaptioned; how
+    far x_hat is from them on the way; and two Gaussian frames, whose exact answer is known.
     """
-    (x, text), rows, far = real(), {"truth": real()[0][0]}, {}
+    m, x = model(UNCAPTIONED), real()[0]
+    y, rows, far, plain = m.autoencoder.latents(x), {"truth": x[0]}, {}, denoiser(m.network, m.diffusion)
     for name, w_r in {"replacement": 0.0, "w_r = 2": 2.0, "w_r = 10": 10.0, "w_r = 20": 20.0}.items():
         seen = []
-        rows[name] = continued(watched(pixels(text, 2.0), seen), x, 6, w_r, levels(steps))[0]
-        far[name] = [((x - x_hat) * first(x, 6)).square().sum() for _, _, x_hat in seen]
+        rows[name] = m.autoencoder.video(continued(watched(plain, seen), y, 6, w_r, levels(steps), 0.3))[0]
+        far[name] = [((y - x_hat) * first(y, 6)).square().sum() for _, _, x_hat in seen[::2]]
     figure, axes = strips(rows, range(6), [["residual", "two frames"]], 2.5)
     for name, values in far.items():
         axes["residual"].semilogy(levels(steps)[:-1], values, label=name)
     axes["residual"].set(xlabel="λ, from noise to data", ylabel="‖xᵃ − x̂ᵃ‖²", xlim=(-9, 4))
     for name, w_r in (("replacement", 0.0), ("w_r = 1", 1.0), ("w_r = 2", 2.0)):
-        axes["two frames"].hist(two_frames(w_r, levels(8 * steps, 1.0)), 60, (-1, 2.5), density=True,
+        axes["two frames"].hist(two_frames(w_r, levels(8 * steps, 1.0)), 60, range=(-1, 2.5), density=True,
                                 histtype="step", label=name)
     at, law = torch.linspace(-1, 2.5, 200), torch.distributions.Normal(0.9, 0.436)
     axes["two frames"].plot(at, law.log_prob(at).exp(), "k--", label="exact")
@@ -297,15 +298,16 @@ def space(steps: int) -> Any:
 
 
 def drift(steps: int) -> Any:
-    """64 frames by both methods, seams marked, and the share of ten clips that show their digit, by frame."""
-    m, rows, shares = model(PIXELS), {}, {}
+    """64 frames by both methods, seams marked, and the share of ten clips that show the digit of their first
+    block, which both methods share, by frame.
+    """
+    m, rows, shares = model(UNCAPTIONED), {}, {}
     for name, flags in (("replacement", dict(method="replacement")), ("w_r = 10", dict(w_r=10.0))):
-        text = "|".join(f"a {d}" for d in range(10))
-        s = SampleConfig(mode="extend", num=10, text=text, w=3.0, steps=steps // 2, **flags)
+        s = SampleConfig(mode="extend", num=10, steps=steps // 2, delta=0.3, **flags)
         video = fill(m, s, nothing(m, s, 64))
-        rows |= {f"{name}{part}": video[6, :, at:at + 32] for part, at in (("", 0), (", on", 32))}
-        shares[name] = (observe(video, load_features(HERE / "pretrained/features_32.pt"), 1)[0][:, :, 0]
-                        == torch.arange(10)[:, None]).float().mean(0)
+        rows[name], rows[f"{name}, on"] = video[6].split(32, 1)
+        digits = observe(video, load_features(HERE / "pretrained/features_32.pt"), 1)[0][:, :, 0]
+        shares[name] = (digits == digits[:, :16].mode(1, keepdim=True).values).float().mean(0)
     figure, axes = strips(rows, (0, 8, 16, 24), [["share"]], 2)
     for name, share in shares.items():
         strip(axes[name], rows[name], name, (16, 24))  # the first block has 16 frames, those after it add 8

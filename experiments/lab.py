@@ -34,6 +34,7 @@ class EvaluateConfig:
     batch_size: int = 8  # [1, 1024] clips drawn at once
     seeds: int = 3  # [1, 100] seeds of each arm
     calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
+    delta: float = 0.1  # (0, 2] samplers, extend: step size of the corrector, in the rows that have it
     frames: int = 64  # [17, 1000] extend: frames of the result
     w: float = 1.0  # [0, 100] extend, joint, positions, blocks: weight of classifier-free guidance
     only: str = ""  # arms whose name contains this, or one of several texts separated by |; by default all
