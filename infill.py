@@ -4,6 +4,7 @@ Here guidance, sampler and network meet. Whatever is known is a Given, and fill(
 of the model's length where the video is longer. sample.py makes a Given of each of its modes.
 """
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,7 @@ class SampleConfig:
     gamma: float = 0.0  # [0, 1] ancestral: 0 is the small variance, 1 the large one
     delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
+    w_t: float = 0.0  # [0, 100] weight of temporal guidance: away from what a frame is alone; not in the paper
     method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
     w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10, for small frames 1.5 (latents: 4)
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
@@ -65,8 +67,8 @@ class SampleConfig:
                     self.w and not self.text,
                 "--fps is said after a caption: it needs --text": self.fps and not self.text,
                 "--fps is not for key frames, which have their own speed": self.fps and keys,
-                "--method and --w_r steer towards given frames, and a model trained with --keys sees them":
-                    keys and (replaces or self.w_r),
+                "--method, --w_r and --w_t are not for key frames: their network sees what is given":
+                    keys and (replaces or self.w_r or self.w_t),
                 "--method replacement replaces whole frames, not small ones": replaces and self.mode in SMALL,
                 "--base is for modes cascade, key_frames": self.base and not keys and self.mode != "cascade",
                 "--input is for modes that are given frames: not generate, nor with --base":
@@ -154,19 +156,26 @@ def load_model(path: Path, device: torch.device) -> Model:
     return Model(network, data, diffusion, text, device, coder, sampling, content.get("step", 0))
 
 
-def text_guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
-    """The model's denoiser for --text, with classifier-free guidance of weight --w; c = 0 without a text."""
-    network, clips = model.network, len(given.x)
-    if network.config.keys:
-        network = between(network, given.x, model.diffusion)
-    plain = denoiser(network, model.diffusion)
-    if not s.text:
-        return plain
-    if not model.text.cond_dim:
-        raise ValueError("--text needs a model trained with captions, and this one is unconditional")
-    texts = captions(s, 0 if model.network.config.keys else speed(model, s)) * (clips // s.num)
-    cond = embed(texts, model.text).to(model.device)
-    return classifier_free(denoiser(network, model.diffusion, cond), plain, s.w)
+def guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
+    """The model's denoiser for --text (c = 0 without one), with guidance of the weights --w and --w_t."""
+    keys, cond = model.network.config.keys, None
+    network = between(model.network, given.x, model.diffusion) if keys else model.network
+    denoise = plain = denoiser(network, model.diffusion)
+    if s.text:
+        if not model.text.cond_dim:
+            raise ValueError("--text needs a model trained with captions, and this one is unconditional")
+        texts = captions(s, 0 if keys else speed(model, s)) * (len(given.x) // s.num)
+        cond = embed(texts, model.text).to(model.device)
+        denoise = classifier_free(denoiser(network, model.diffusion, cond), plain, s.w)
+    if s.w_t and not model.data.num_images:
+        raise ValueError("--w_t needs a model trained with image frames (--num_images)")
+    # Not in the paper: Eq. 6 again, where a frame's condition is the other frames, and an image has none
+    return classifier_free(denoise, denoiser(images(network), model.diffusion, cond), s.w_t)
+
+
+def images(network: Callable) -> Callable:
+    """The network where every frame is an image of joint training (4.3.1), which sees no other frame."""
+    return lambda z, logsnr, cond: network(z, logsnr, cond, z.shape[2] - 1)
 
 
 def speed(model: Model, s: SampleConfig) -> float:
@@ -188,7 +197,7 @@ def captions(s: SampleConfig, fps: float = 0.0) -> list[str]:
 def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
     length = model.network.config.frames
-    generator, denoise = torch.Generator().manual_seed(s.seed), text_guided(model, s, given)
+    generator, denoise = torch.Generator().manual_seed(s.seed), guided(model, s, given)
     starts = block_starts(given.known, length, overlap(model, s))
     calls = s.steps if not s.delta else 2 * s.steps - 1
     video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)

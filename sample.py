@@ -190,7 +190,7 @@ def expect(model: Model, s: SampleConfig) -> None:
 
 
 TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"), ("method", "w_r"),
-            ("overlap",), ("num",), ("frames",))
+            ("w_t",), ("overlap",), ("num",), ("frames",))
 
 
 def carried(sampling: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def samplers(lab: Lab) -> dict[str, Arm]:
     """
     n = lab.c.calls
     flags = {f"ancestral, {n} steps": dict(steps=n),
-             f"predictor-corrector, {n // 2} steps": dict(steps=n // 2, delta=lab.c.delta)}
+             f"predictor-corrector, {n // 2} steps": dict(steps=n // 2, delta=lab.c.delta or 0.1)}
     flags |= {f"ancestral, {n} steps, γ {gamma}": dict(steps=n, gamma=gamma) for gamma in (0.1, 0.3, 1.0)}
     flags |= {f"{name}, {steps} steps": dict(sampler=name, steps=steps)
               for name in ("ddim", "dpm_solver") for steps in ((4,) if lab.c.quick else (10, 25, 50, 100))}
@@ -55,6 +55,9 @@ def samplers(lab: Lab) -> dict[str, Arm]:
         begun = time.perf_counter()
         x = lab.draw(seed, **values)
         return {"seconds_per_clip": (time.perf_counter() - begun) / lab.c.clips} | lab.measure(x)
+    if lab.model.data.num_images:  # a guided step calls the network twice
+        flags |= {f"predictor-corrector, {n // 4} steps, w_t {w_t}": dict(
+            steps=n // 4, delta=lab.c.delta or 0.1, w_t=w_t) for w_t in (0.5, 1.0, 2.0)}
     return lab.bounds() | {name: partial(arm, values) for name, values in flags.items()}
 
 
@@ -97,12 +100,13 @@ def extend(lab: Lab) -> dict[str, Arm]:
     data: FVD of 64 frames, guidance weight 2.0: reconstruction 136.22, replacement 451.45, ratio 3.3.
     """
     frames, length = lab.c.frames, lab.model.network.config.frames
-    plain, corrected = dict(steps=lab.c.calls), dict(steps=lab.c.calls // 2, delta=lab.c.delta)
+    overlap = lab.c.overlap or length // 2
+    plain, corrected = dict(steps=lab.c.calls), dict(steps=lab.c.calls // 2, delta=lab.c.delta or 0.1)
     methods = {"replacement": dict(method="replacement")}
     methods |= {f"reconstruction, w_r {w_r}": dict(w_r=w_r) for w_r in (0.3, 1, 2, 5, 10, 50)}
     flags = {name: method | plain for name, method in methods.items()}
     flags |= {f"{name}, corrector": method | corrected for name, method in methods.items()}
-    blocks = infill.block_starts(torch.zeros(frames, dtype=torch.bool), length, length // 2)
+    blocks = infill.block_starts(torch.zeros(frames, dtype=torch.bool), length, overlap)
 
     low, high = walls(lab.model.data.size)
 
@@ -111,13 +115,14 @@ def extend(lab: Lab) -> dict[str, Arm]:
         path = metrics.trajectory_residual(places, low, high, 0.2 * (high - low)).mean().item()
         return {"identity_kept_whole": metrics.identity_kept(classes), "residual_whole": path,
                 "digit_named": metrics.identity_true(classes, lab.real(seed)[2]["labels"]),
+                "largest_step": places.diff(dim=1).norm(dim=3).amax(1).mean().item(),
                 **metrics.seam(places, classes, [start + length for start in blocks[:-1]])}
 
     def arm(values: dict[str, Any], seed: int) -> dict[str, float]:
         # the digit alone: a direction holds for the first frames, and each block is drawn with the caption
         texts = [caption.split(" moving ")[0] for caption in lab.real(seed)[1]]
         said = dict(texts=texts, w=lab.c.w) if lab.model.text.cond_dim else {}
-        x = lab.draw(seed, frames=frames, **said, **values)
+        x = lab.draw(seed, frames=frames, overlap=overlap, **said, **values)
         return lab.measure(x) | judged(x, seed)
     return lab.bounds(judged, frames) | {name: partial(arm, values) for name, values in flags.items()}
 
@@ -132,37 +137,51 @@ def predict(lab: Lab) -> dict[str, Arm]:
     draws, k = 2 if lab.c.quick else 10, 5 if "stochastic" in lab.model.data.dataset else 10
 
     @cache
-    def futures(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        x, flags = lab.real(seed, k + 10)[0], dict(overlap=k, steps=lab.c.calls)
-        drawn = [lab.draw(100 * seed + i, first(lab, x, k), **flags) for i in range(draws)]
-        return x[:, :, k - 1:k], x[:, :, k:], torch.stack(drawn)[:, :, :, k:]
-
-    def errors(x: Tensor, y: Tensor) -> dict[str, float]:
-        return {"mse_per_frame": metrics.mse_per_frame(x, y), "psnr": metrics.psnr(x, y),
-                "ssim": metrics.ssim(x, y)}
-
-    def arm(guess: Callable[[Tensor, Tensor, Tensor], Tensor], seed: int) -> dict[str, float]:
-        return errors(futures(seed)[1], guess(*futures(seed)))
-
-    def steered(flags: dict[str, Any], seed: int) -> dict[str, float]:
+    def drawn(seed: int, i: int = 0, **flags: Any) -> Tensor:
         x = lab.real(seed, k + 10)[0]
-        y = lab.draw(100 * seed, first(lab, x, k), overlap=k, steps=lab.c.calls, **flags)
-        return errors(x[:, :, k:], y[:, :, k:])
-    methods = {"replacement": dict(method="replacement")}
-    methods |= {f"w_r {w_r}": dict(w_r=w_r) for w_r in (1, 5, 20)}
-    guesses = {"one sample": lambda last, x, drawn: drawn[0],
-               f"best of {draws}": lambda last, x, drawn: closest(x, drawn),
-               f"mean of {draws}": lambda last, x, drawn: drawn.mean(0),
-               "last frame repeated": lambda last, x, drawn: last.expand_as(x),
-               "black frames": lambda last, x, drawn: torch.full_like(x, -1)}
-    return ({f"{k} → 10, {name}": partial(arm, guess) for name, guess in guesses.items()}
-            | {f"{k} → 10, one sample, {name}": partial(steered, flags) for name, flags in methods.items()})
+        return lab.draw(100 * seed + i, known(lab, x, slice(0, k)), overlap=k, **lab.steps(), **flags)
+
+    def several(seed: int) -> Tensor:
+        return torch.stack([drawn(seed, i) for i in range(draws)])
+
+    def arm(guess: Callable[[Tensor, int], Tensor], seed: int) -> dict[str, float]:
+        x = lab.real(seed, k + 10)[0]
+        return errors(lab, x[:, :, k:], guess(x, seed)[:, :, k:], seed)
+    methods = {"replacement": dict(method="replacement")} | {f"w_r {w_r}": dict(w_r=w_r) for w_r in (1, 5, 20)}
+    guesses = {"one sample": lambda x, seed: drawn(seed),
+               f"best of {draws}": lambda x, seed: closest(x, several(seed)),
+               f"mean of {draws}": lambda x, seed: several(seed).mean(0),
+               "last frame repeated": lambda x, seed: x[:, :, k - 1:k].expand_as(x),
+               "black frames": lambda x, seed: torch.full_like(x, -1)}
+    guesses |= {f"one sample, {name}": lambda x, seed, flags=flags: drawn(seed, **flags)
+                for name, flags in methods.items()}
+    return {f"{k} → 10, {name}": partial(arm, guess) for name, guess in guesses.items()}
 
 
-def first(lab: Lab, x: Tensor, k: int) -> Callable[[SampleConfig, slice], Given]:
-    """What is known when the first k frames of clips x are."""
-    return lambda s, which: show(nothing(lab.model, s, x.shape[2]), slice(0, k),
-                                 sample.inside(lab.model, x[which, :, :k]))
+def given(lab: Lab) -> dict[str, Arm]:
+    """Section 3.1 in time: of clips of the model's length the first six frames are given, or every third; the
+    other ones are drawn, by replacement and by reconstruction guidance, and compared with the true ones.
+    """
+    def arm(where: slice, flags: dict[str, Any], seed: int) -> dict[str, float]:
+        x, new = lab.real(seed)[0], torch.ones(lab.model.network.config.frames, dtype=torch.bool)
+        new[where] = False
+        y = lab.draw(seed, known(lab, x, where), **lab.steps(), **flags)
+        return errors(lab, x[:, :, new], y[:, :, new], seed) | lab.measure(y)
+    methods = {"replacement": dict(method="replacement")} | {f"w_r {w_r}": dict(w_r=w_r) for w_r in (2, 10, 20)}
+    return lab.bounds() | {f"{what}, {name}": partial(arm, where, flags) for name, flags in methods.items()
+                           for what, where in (("first 6", slice(0, 6)), ("every third", slice(0, None, 3)))}
+
+
+def known(lab: Lab, x: Tensor, where: slice) -> Callable[[SampleConfig, slice], Given]:
+    """What is known when the frames of clips x are that lie at where."""
+    return lambda s, which: show(nothing(lab.model, s, x.shape[2]), where,
+                                 sample.inside(lab.model, x[which][:, :, where]))
+
+
+def errors(lab: Lab, x: Tensor, y: Tensor, seed: int) -> dict[str, float]:
+    """How far drawn frames y are from the true ones x, and the share of them that show the true digits."""
+    return {"mse_per_frame": metrics.mse_per_frame(x, y), "psnr": metrics.psnr(x, y),
+            "ssim": metrics.ssim(x, y), "digit_kept": lab.digit_named(y, lab.real(seed)[2])}
 
 
 def closest(x: Tensor, drawn: Tensor) -> Tensor:
@@ -179,7 +198,7 @@ def super_resolve(lab: Lab) -> dict[str, Arm]:
         return {"psnr": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)} | lab.measure(y)
     return (lab.bounds() | {f"{scale}x, bicubic": partial(arm, partial(bicubic, scale)) for scale in (2, 4)}
             | {f"{scale}x, Eq. 8, w_r {w_r}": partial(arm, partial(equation_8, scale, w_r))
-               for scale in (2, 4) for w_r in (0.5, 1.0, 1.5)})
+               for scale in (2, 4) for w_r in (0.5, 1.0, 1.5) + (4.0,) * bool(lab.model.autoencoder)})
 
 
 def bicubic(scale: int, lab: Lab, x: Tensor, seed: int) -> Tensor:
@@ -193,7 +212,7 @@ def equation_8(scale: int, w_r: float, lab: Lab, x: Tensor, seed: int) -> Tensor
     """Clips x made small, and drawn anew at full size so that they agree."""
     def given(s: SampleConfig, which: slice) -> Given:
         return show_small(nothing(lab.model, s, x.shape[2]), 1, smaller(x[which], scale))
-    return lab.draw(seed, given, scale=scale, w_r=w_r, steps=lab.c.calls)
+    return lab.draw(seed, given, scale=scale, w_r=w_r, **lab.steps())
 
 
 def speed(lab: Lab) -> dict[str, Arm]:
@@ -254,7 +273,7 @@ def exchange(lab: Lab) -> dict[str, Arm]:
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    samplers, joint, guidance, extend, predict, super_resolve, positions, blocks, speed, exchange)}
+    samplers, joint, guidance, extend, predict, given, super_resolve, positions, blocks, speed, exchange)}
 
 # ---- the table -------------------------------------------------------------------------------------------
 

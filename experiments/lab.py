@@ -19,8 +19,8 @@ from machine import Machine, start
 
 HERE = Path(__file__).parents[1]  # the clone
 Arm = Callable[[int], dict[str, float]]  # seed -> what was measured
-Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "super_resolve", "positions",
-                     "blocks", "speed", "exchange"]
+Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "given", "super_resolve",
+                     "positions", "blocks", "speed", "exchange"]
 
 
 @dataclass
@@ -34,7 +34,9 @@ class EvaluateConfig:
     batch_size: int = 8  # [1, 1024] clips drawn at once
     seeds: int = 3  # [1, 100] seeds of each arm
     calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
-    delta: float = 0.1  # (0, 2] samplers, extend: step size of the corrector, in the rows that have it
+    delta: float = 0.0  # [0, 2] step size of the corrector; 0 is 0.1 in its rows of samplers and extend, else none
+    w_t: float = 0.0  # [0, 100] weight of temporal guidance
+    overlap: int = 0  # [0, 1024] extend: frames that blocks share; 0 is half the model's length
     frames: int = 64  # [17, 1000] extend: frames of the result
     w: float = 1.0  # [0, 100] extend, joint, positions, blocks: weight of classifier-free guidance
     only: str = ""  # arms whose name contains this, or one of several texts separated by |; by default all
@@ -75,11 +77,16 @@ class Lab:
         frames = frames or model.network.config.frames
         for first in range(0, self.c.clips, self.c.batch_size):
             which = slice(first, min(first + self.c.batch_size, self.c.clips))
-            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, **flags,
+            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, **{"w_t": self.c.w_t} | flags,
                              text="|".join(texts[which]) if texts else "")
             with self.machine.autocast():
                 parts.append(infill.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
         return torch.cat(parts).float().cpu()
+
+    def steps(self) -> dict[str, Any]:
+        """Flags for --calls network calls, every second one of them the corrector's if --delta is given."""
+        c = self.c
+        return {"steps": c.calls // 2, "delta": c.delta} if c.delta else {"steps": c.calls}
 
     def measure(self, x: Tensor) -> dict[str, float]:
         """metrics.measure on clips of the model's length (longer ones in pieces), against real ones."""

@@ -122,7 +122,7 @@ def test_batches_and_seeds_have_noise_of_their_own(lab, monkeypatch):
 def test_what_is_drawn_knows_the_true_first_frames(lab, monkeypatch):
     monkeypatch.setattr(infill, "fill", lambda model, s, given: given.x * given.known[:, None, None])
     x = lab.real(0)[0]
-    drawn = lab.draw(0, evaluate.first(lab, x, 5))
+    drawn = lab.draw(0, evaluate.known(lab, x, slice(0, 5)))
     assert torch.equal(drawn[:, :, :5], x[:, :, :5]) and not drawn[:, :, 5:].any()
 
 
@@ -253,7 +253,7 @@ def test_a_network_between_key_frames_is_refused(lab, monkeypatch):
 def test_known_frames_are_given_to_a_network_as_it_knows_them(lab, monkeypatch):
     monkeypatch.setattr(sample, "inside", lambda model, x: x + 1)
     x = lab.real(0)[0]
-    given = evaluate.first(lab, x, 5)(infill.SampleConfig(num=len(x)), slice(0, len(x)))
+    given = evaluate.known(lab, x, slice(0, 5))(infill.SampleConfig(num=len(x)), slice(0, len(x)))
     assert torch.equal(given.x[:, :, :5], x[:, :, :5] + 1) and not given.x[:, :, 5:].any()
 
 
