@@ -45,7 +45,8 @@ class SampleConfig:
     gamma: float = 0.0  # [0, 1] ancestral: 0 is the small variance, 1 the large one
     delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
-    w_t: float = 0.0  # [0, 100] weight of temporal guidance: away from what a frame is alone; not in the paper
+    w_t: float = 0.0  # [0, 100] weight of temporal guidance, away from what each frame is alone; ours
+    w_t_from: float = -40.0  # [-40, 40] log-SNR at which temporal guidance begins
     method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
     w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10, for small frames 1.5 (latents: 4)
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
@@ -170,7 +171,8 @@ def guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
     if s.w_t and not model.data.num_images:
         raise ValueError("--w_t needs a model trained with image frames (--num_images)")
     # Not in the paper: Eq. 6 again, where a frame's condition is the other frames, and an image has none
-    return classifier_free(denoise, denoiser(images(network), model.diffusion, cond), s.w_t)
+    away = classifier_free(denoise, denoiser(images(network), model.diffusion, cond), s.w_t)
+    return lambda z, logsnr: (away if logsnr >= s.w_t_from else denoise)(z, logsnr)
 
 
 def images(network: Callable) -> Callable:

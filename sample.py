@@ -190,7 +190,7 @@ def expect(model: Model, s: SampleConfig) -> None:
 
 
 TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"), ("method", "w_r"),
-            ("w_t",), ("overlap",), ("num",), ("frames",))
+            ("w_t", "w_t_from"), ("overlap",), ("num",), ("frames",))
 
 
 def carried(sampling: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -524,6 +524,15 @@ def test_temporal_guidance_moves_away_from_frames_that_see_no_other(tiny: Path) 
     torch.testing.assert_close(away, 2.5 * plain - 1.5 * frames, rtol=1e-4, atol=1e-4)
 
 
+def test_temporal_guidance_begins_at_its_log_snr(tiny: Path) -> None:
+    model = load_model(checkpoint.newest(tiny), CPU.device)
+    z = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain, late = (infill.guided(model, s, infill.nothing(model, s, 4)) for s in (
+        SampleConfig(num=1), SampleConfig(num=1, w_t=1.0, w_t_from=-2.0)))
+    differs = [not torch.equal(plain(z, at), late(z, at)) for at in torch.tensor([-3.0, -2.1, -2.0, 0.0])]
+    assert differs == [False, False, True, True]
+
+
 def test_temporal_guidance_works_beside_a_caption(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)

@@ -147,7 +147,8 @@ def predict(lab: Lab) -> dict[str, Arm]:
     def arm(guess: Callable[[Tensor, int], Tensor], seed: int) -> dict[str, float]:
         x = lab.real(seed, k + 10)[0]
         return errors(lab, x[:, :, k:], guess(x, seed)[:, :, k:], seed)
-    methods = {"replacement": dict(method="replacement")} | {f"w_r {w_r}": dict(w_r=w_r) for w_r in (1, 5, 20)}
+    methods = {"replacement": dict(method="replacement")}
+    methods |= {f"w_r {w_r}": dict(w_r=w_r) for w_r in (1, 5, 20)}
     guesses = {"one sample": lambda x, seed: drawn(seed),
                f"best of {draws}": lambda x, seed: closest(x, several(seed)),
                f"mean of {draws}": lambda x, seed: several(seed).mean(0),
@@ -167,7 +168,8 @@ def given(lab: Lab) -> dict[str, Arm]:
         new[where] = False
         y = lab.draw(seed, known(lab, x, where), **lab.steps(), **flags)
         return errors(lab, x[:, :, new], y[:, :, new], seed) | lab.measure(y)
-    methods = {"replacement": dict(method="replacement")} | {f"w_r {w_r}": dict(w_r=w_r) for w_r in (2, 10, 20)}
+    methods = {"replacement": dict(method="replacement")}
+    methods |= {f"w_r {w_r}": dict(w_r=w_r) for w_r in (2, 10, 20)}
     return lab.bounds() | {f"{what}, {name}": partial(arm, where, flags) for name, flags in methods.items()
                            for what, where in (("first 6", slice(0, 6)), ("every third", slice(0, None, 3)))}
 

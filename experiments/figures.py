@@ -102,6 +102,12 @@ def two_frames(w_r: float, logsnrs: Tensor, delta: float = 0.0) -> Tensor:
     return continued(denoise, torch.ones(4000, 1, 2, 1, 1), 1, w_r, logsnrs, delta)[:, 0, 1, 0, 0]
 
 
+def drawn(name: str, **flags: Any) -> Tensor:
+    """A clip (1, 16, 32, 32) of shipped weights, by flags of SampleConfig."""
+    s = SampleConfig(num=1, **flags)
+    return fill(model(name), s, nothing(model(name), s, 16))[0]
+
+
 def attention(name: str, x: Tensor, level: float, num_images: int = 0) -> tuple[Tensor, torch.nn.Module]:
     """Which frame looks at which (F, F) in the middle layer over time, mean over places and heads."""
     maps, network = [], model(name).network
@@ -187,19 +193,15 @@ def corrector(steps: int) -> Any:
             means = {n: two_frames(w_r, levels(n // 2 if delta else n, 1.0), delta).mean() for n in CALLS}
             axes[name].semilogx(*zip(*means.items()), label=f"corrector, δ = {delta:g}" if delta else "none")
         axes[name].axhline(0.9, color="k", ls="--", label="exact")
-        axes[name].set(title=f"two frames, {name}", xlabel="calls", ylim=(0.5, 1))
-    axes["replacement"].set_ylabel("mean of the second frame")
+        axes[name].set(title=f"two frames, {name}", xlabel="calls", ylabel="mean of the second", ylim=(0.5, 1))
     axes["w_r = 1"].legend(fontsize=6, loc="lower right")
     return figure
 
 
 def weights(steps: int) -> Any:
     """One seed, one caption, four weights of classifier-free guidance."""
-    rows = {}
-    for w in (0.0, 1.0, 2.0, 4.0):
-        s = SampleConfig(num=1, text="a 7 moving left", w=w, steps=steps)
-        rows[f"w = {w:g}"] = fill(model(PIXELS), s, nothing(model(PIXELS), s, 16))[0]
-    return strips(rows)[0]
+    said = dict(text="a 7 moving left", steps=steps)
+    return strips({f"w = {w:g}": drawn(PIXELS, w=w, **said) for w in (0.0, 1.0, 2.0, 4.0)})[0]
 
 
 # ---- sections 3 and 4.3.1 --------------------------------------------------------------------------------
@@ -208,11 +210,10 @@ def weights(steps: int) -> Any:
 def block(steps: int) -> Any:
     """The block with its shapes; a trained map of frame against frame; Shaw's table of the same layer."""
     figure, axes = panels([["boxes"] * 2, ["map", "table"]], (8, 4.4), height_ratios=(1, 2.2))
-    box = dict(boxstyle="round,pad=0.8", fc="#f2f2f2")
     shapes = {"residual block": "(b f) c h w", "attention over space": "(b f) (h w) c",
               "attention over time": "(b h w) f c"}
     for i, (name, shape) in enumerate(shapes.items()):
-        axes["boxes"].text(i, 0.7, name, ha="center", va="center", bbox=box)
+        axes["boxes"].text(i, 0.7, name, ha="center", va="center", bbox=dict(boxstyle="round", fc="#f2f2f2"))
         axes["boxes"].text(i, 0.15, shape, ha="center", family="monospace")
         axes["boxes"].annotate("", (i + 0.7, 0.7), (i + 0.3, 0.7), arrowprops=dict(arrowstyle="->"))
     axes["boxes"].set(xlim=(-0.5, 2.8), ylim=(0, 1.1))
@@ -225,14 +226,18 @@ def block(steps: int) -> Any:
 
 
 def mask(steps: int) -> Any:
-    """Which frame may see which in joint training, and a trained attention under it."""
-    figure, axes = panels([["may", "does"]], (7, 3.4))
+    """Clips of one seed by weights of temporal guidance; which frame may see which in joint training; and a
+    trained attention under it.
+    """
+    flags = dict(seed=1, steps=steps, delta=0.3, w_t_from=-4.0)
+    rows = {f"w_t = {w_t:g}": drawn(UNCAPTIONED, w_t=w_t, **flags) for w_t in (0.0, 0.5, 2.0)}
+    figure, axes = strips(rows, (), [["may", "does"]], 5)
     matrix(axes["may"], isolate(20, 4, torch.device("cpu")), "16 frames, 4 images; white: may", cmap="gray")
     seen, _ = attention(PIXELS, real(num_images=4)[0], -3.0, 4)
     matrix(axes["does"], seen, "attention of trained weights", cmap="magma", vmax=0.3)
-    for axis in axes.values():
-        axis.axhline(15.5, color=ORANGE)
-        axis.axvline(15.5, color=ORANGE)
+    for name in ("may", "does"):
+        axes[name].axhline(15.5, color=ORANGE)
+        axes[name].axvline(15.5, color=ORANGE)
     return figure
 
 

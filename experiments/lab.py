@@ -34,8 +34,9 @@ class EvaluateConfig:
     batch_size: int = 8  # [1, 1024] clips drawn at once
     seeds: int = 3  # [1, 100] seeds of each arm
     calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
-    delta: float = 0.0  # [0, 2] step size of the corrector; 0 is 0.1 in its rows of samplers and extend, else none
+    delta: float = 0.0  # [0, 2] step size of the corrector; 0 is 0.1 in samplers and extend, else none
     w_t: float = 0.0  # [0, 100] weight of temporal guidance
+    w_t_from: float = -40.0  # [-40, 40] log-SNR at which temporal guidance begins
     overlap: int = 0  # [0, 1024] extend: frames that blocks share; 0 is half the model's length
     frames: int = 64  # [17, 1000] extend: frames of the result
     w: float = 1.0  # [0, 100] extend, joint, positions, blocks: weight of classifier-free guidance
@@ -77,8 +78,8 @@ class Lab:
         frames = frames or model.network.config.frames
         for first in range(0, self.c.clips, self.c.batch_size):
             which = slice(first, min(first + self.c.batch_size, self.c.clips))
-            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, **{"w_t": self.c.w_t} | flags,
-                             text="|".join(texts[which]) if texts else "")
+            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, w_t_from=self.c.w_t_from,
+                             text="|".join(texts[which]) if texts else "", **{"w_t": self.c.w_t} | flags)
             with self.machine.autocast():
                 parts.append(infill.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
         return torch.cat(parts).float().cpu()
