@@ -19,11 +19,13 @@ def classifier_free(conditional: Denoiser, unconditional: Denoiser, w: float) ->
 
 
 def reconstruction_guided(denoise: Denoiser, x_a: Tensor, observe: Callable[[Tensor], Tensor],
-                          w_r: float) -> Denoiser:
+                          w_r: float, power: float = 1.0) -> Denoiser:
     """Reconstruction guidance of weight w_r: moves x_hat so that observe(x_hat) agrees with x_a.
 
     observe is differentiable and maps a video (B, C, F, H, W) to what x_a shows of it: the known frames
     (Eq. 7, with replacement() as the sampler's constraint) or the video down-sampled (Eq. 8, without).
+    Paper: power 1, which takes sigma^2 / alpha^2 as the variance of x_a given z. That grows without bound
+    at high noise, where the place is decided. Power -1 takes sigma^2, exact for white data of variance 1.
     """
     def guided(z: Tensor, logsnr: Tensor) -> Tensor:
         alpha, _ = alpha_sigma(logsnr)
@@ -32,7 +34,7 @@ def reconstruction_guided(denoise: Denoiser, x_a: Tensor, observe: Callable[[Ten
             x_hat = denoise(z, logsnr)
             error = (x_a - observe(x_hat)).square().sum()  # a mean would weaken with batch and resolution
         grad, = torch.autograd.grad(error, z)
-        return x_hat.detach() - w_r * alpha / 2 * grad  # Eqs. 7 and 8
+        return x_hat.detach() - w_r * alpha**power / 2 * grad  # Eqs. 7 and 8
     return guided
 
 

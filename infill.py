@@ -49,6 +49,7 @@ class SampleConfig:
     w_t_from: float = -40.0  # [-40, 40] log-SNR at which temporal guidance begins
     method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
     w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10, for small frames 1.5 (latents: 4)
+    w_r_power: float = 1.0  # [-1, 1] power of alpha beside w_r; 1 is the paper, less guides more in noise
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
     overlap: int = 0  # [0, 1024] frames given to predict, and shared by blocks; 0 is half the model's length
     stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
@@ -238,7 +239,8 @@ def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: 
         w_r = s.w_r or (10.0 if given.low is None else 4.0 if model.autoencoder else 1.5)
         pixels = model.autoencoder.decoded if model.autoencoder else lambda x: x
         denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
-                                        lambda x: seen(given, s, x, smaller(pixels(x), s.scale)), w_r)
+                                        lambda x: seen(given, s, x, smaller(pixels(x), s.scale)), w_r,
+                                        s.w_r_power)
     digits = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
     times = torch.linspace(1, 0, s.steps + 1, dtype=digits)
     logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)

@@ -189,7 +189,7 @@ def expect(model: Model, s: SampleConfig) -> None:
         raise ValueError("--mode key_frames needs a model trained with --keys, which knows no other mode")
 
 
-TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"), ("method", "w_r"),
+TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"), ("method", "w_r", "w_r_power"),
             ("w_t", "w_t_from"), ("overlap",), ("num",), ("frames",))
 
 

@@ -137,6 +137,17 @@ def test_guidance_adds_the_transposed_jacobian_of_the_observed_residual(
     torch.testing.assert_close(guided.flatten(1), expected)
 
 
+@pytest.mark.parametrize("logsnr", LEVELS)
+def test_power_minus_one_is_exact_for_white_data_and_the_papers_is_not(logsnr: float):
+    data, logsnr = white(), level(logsnr)
+    z, y = noisy(data, logsnr), pooled(data.samples(1, seed=2))
+    a = 2 * matrix(pooled, data.shape)  # of norm 1: the mean of two by two pixels, twice
+    exact = conditional_denoiser(data, a, 2 * y[0])(z, logsnr)
+    far = {power: (reconstruction_guided(data.denoise, 2 * y, lambda x: 2 * pooled(x), 1.0, power)(z, logsnr)
+                   - exact).abs().max() for power in (-1, 1)}
+    assert far[-1] < 1e-9 and far[1] > 1e-3
+
+
 @pytest.mark.parametrize("observe", OBSERVATIONS)
 def test_guidance_strength_does_not_depend_on_batch_size(observe: Callable):
     def guided(z: Tensor, y: Tensor) -> Tensor:

@@ -55,9 +55,10 @@ def samplers(lab: Lab) -> dict[str, Arm]:
         begun = time.perf_counter()
         x = lab.draw(seed, **values)
         return {"seconds_per_clip": (time.perf_counter() - begun) / lab.c.clips} | lab.measure(x)
-    if lab.model.data.num_images:  # a guided step calls the network twice
-        flags |= {f"predictor-corrector, {n // 4} steps, w_t {w_t}": dict(
-            steps=n // 4, delta=lab.c.delta or 0.1, w_t=w_t) for w_t in (0.5, 1.0, 2.0)}
+    if lab.model.data.num_images:  # temporal guidance calls the network twice in a step
+        flags |= {f"predictor-corrector, {steps} steps, w_t {w_t}": dict(
+            steps=steps, delta=lab.c.delta or 0.1, w_t=w_t)
+            for steps, w_t in ((n // 4, 0.5), (n // 2, 0.25), (n // 2, 0.5), (n // 2, 1.0))}
     return lab.bounds() | {name: partial(arm, values) for name, values in flags.items()}
 
 
@@ -200,7 +201,7 @@ def super_resolve(lab: Lab) -> dict[str, Arm]:
         return {"psnr": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)} | lab.measure(y)
     return (lab.bounds() | {f"{scale}x, bicubic": partial(arm, partial(bicubic, scale)) for scale in (2, 4)}
             | {f"{scale}x, Eq. 8, w_r {w_r}": partial(arm, partial(equation_8, scale, w_r))
-               for scale in (2, 4) for w_r in (0.5, 1.0, 1.5) + (4.0,) * bool(lab.model.autoencoder)})
+               for scale in (2, 4) for w_r in ((4.0, 6.0, 10.0) if lab.model.autoencoder else (0.5, 1.0, 1.5))})
 
 
 def bicubic(scale: int, lab: Lab, x: Tensor, seed: int) -> Tensor:

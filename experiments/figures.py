@@ -229,9 +229,9 @@ def mask(steps: int) -> Any:
     """Clips of one seed by weights of temporal guidance; which frame may see which in joint training; and a
     trained attention under it.
     """
-    flags = dict(seed=1, steps=steps, delta=0.3, w_t_from=-4.0)
+    flags = dict(seed=4, steps=steps, delta=0.3, w_t_from=-4.0)
     rows = {f"w_t = {w_t:g}": drawn(UNCAPTIONED, w_t=w_t, **flags) for w_t in (0.0, 0.5, 2.0)}
-    figure, axes = strips(rows, (), [["may", "does"]], 5)
+    figure, axes = strips(rows, (), [["may", "does"]], 3.4, 7)
     matrix(axes["may"], isolate(20, 4, torch.device("cpu")), "16 frames, 4 images; white: may", cmap="gray")
     seen, _ = attention(PIXELS, real(num_images=4)[0], -3.0, 4)
     matrix(axes["does"], seen, "attention of trained weights", cmap="magma", vmax=0.3)

@@ -37,6 +37,7 @@ class EvaluateConfig:
     delta: float = 0.0  # [0, 2] step size of the corrector; 0 is 0.1 in samplers and extend, else none
     w_t: float = 0.0  # [0, 100] weight of temporal guidance
     w_t_from: float = -40.0  # [-40, 40] log-SNR at which temporal guidance begins
+    w_r_power: float = 1.0  # [-1, 1] power of alpha beside the weight of reconstruction guidance
     overlap: int = 0  # [0, 1024] extend: frames that blocks share; 0 is half the model's length
     frames: int = 64  # [17, 1000] extend: frames of the result
     w: float = 1.0  # [0, 100] extend, joint, positions, blocks: weight of classifier-free guidance
@@ -79,7 +80,8 @@ class Lab:
         for first in range(0, self.c.clips, self.c.batch_size):
             which = slice(first, min(first + self.c.batch_size, self.c.clips))
             s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, w_t_from=self.c.w_t_from,
-                             text="|".join(texts[which]) if texts else "", **{"w_t": self.c.w_t} | flags)
+                             w_r_power=self.c.w_r_power, text="|".join(texts[which]) if texts else "",
+                             **{"w_t": self.c.w_t} | flags)
             with self.machine.autocast():
                 parts.append(infill.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
         return torch.cat(parts).float().cpu()
