@@ -308,7 +308,7 @@ def drift(steps: int) -> Any:
     """
     m, rows, shares = model(UNCAPTIONED), {}, {}
     for name, flags in (("replacement", dict(method="replacement")), ("w_r = 10", dict(w_r=10.0))):
-        s = SampleConfig(mode="extend", num=10, steps=steps // 2, delta=0.3, **flags)
+        s = SampleConfig(mode="extend", num=10, steps=steps // 2, delta=0.3, w_t=0.5, w_t_from=-4.0, **flags)
         video = fill(m, s, nothing(m, s, 64))
         rows[name], rows[f"{name}, on"] = video[6].split(32, 1)
         digits = observe(video, load_features(HERE / "pretrained/features_32.pt"), 1)[0][:, :, 0]
