@@ -69,7 +69,7 @@ class SampleConfig:
                     self.w and not self.text,
                 "--fps is said after a caption: it needs --text": self.fps and not self.text,
                 "--fps is not for key frames, which have their own speed": self.fps and keys,
-                "--method, --w_r and --w_t are not for key frames: their network sees what is given":
+                "--method, --w_r and --w_t are not for a model trained with --keys, which sees what is given":
                     keys and (replaces or self.w_r or self.w_t),
                 "--method replacement replaces whole frames, not small ones": replaces and self.mode in SMALL,
                 "--base is for modes cascade, key_frames": self.base and not keys and self.mode != "cascade",
