@@ -46,7 +46,7 @@ class SampleConfig:
     delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
     w_t: float = 0.0  # [0, 100] weight of temporal guidance, away from what each frame is alone; ours
-    w_t_from: float = -40.0  # [-40, 40] log-SNR at which temporal guidance begins
+    w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
     method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
     w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10, for small frames 1.5 (latents: 4)
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside w_r; 1 is the paper, less guides more in noise
@@ -177,8 +177,11 @@ def guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
 
 
 def images(network: Callable) -> Callable:
-    """The network where every frame is an image of joint training (4.3.1), which sees no other frame."""
-    return lambda z, logsnr, cond: network(z, logsnr, cond, z.shape[2] - 1)
+    """The network where every frame is an image of joint training (4.3.1), which sees no other frame.
+
+    It has no gradient: Eq. 7 needs none, as known frames do not move others here. Eq. 8 goes without.
+    """
+    return torch.no_grad()(lambda z, logsnr, cond: network(z, logsnr, cond, z.shape[2] - 1))
 
 
 def speed(model: Model, s: SampleConfig) -> float:

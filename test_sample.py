@@ -533,6 +533,19 @@ def test_temporal_guidance_begins_at_its_log_snr(tiny: Path) -> None:
     assert differs == [False, False, True, True]
 
 
+def test_temporal_guidance_without_its_gradient_draws_the_same_frames(tiny: Path, monkeypatch: MonkeyPatch) -> None:
+    model = load_model(checkpoint.newest(tiny), CPU.device)
+    s = SampleConfig(mode="predict", num=2, steps=4, delta=0.1, w_t=1.0, w_r=10.0)
+
+    def drawn() -> Tensor:
+        given = infill.show(infill.nothing(model, s, 4), slice(0, 2), torch.ones(2, 1, 2, 16, 16))
+        return fill(model, s, given)
+    without = drawn()
+    monkeypatch.setattr(infill, "images", lambda network: lambda z, logsnr, cond: network(
+        z, logsnr, cond, z.shape[2] - 1))
+    torch.testing.assert_close(drawn(), without, rtol=1e-4, atol=1e-4)
+
+
 def test_temporal_guidance_works_beside_a_caption(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)

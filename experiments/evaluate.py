@@ -9,6 +9,7 @@ in ablations.py.
 import dataclasses
 import inspect
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -55,10 +56,10 @@ def samplers(lab: Lab) -> dict[str, Arm]:
         begun = time.perf_counter()
         x = lab.draw(seed, **values)
         return {"seconds_per_clip": (time.perf_counter() - begun) / lab.c.clips} | lab.measure(x)
-    if lab.model.data.num_images:  # temporal guidance calls the network twice in a step
-        flags |= {f"predictor-corrector, {steps} steps, w_t {w_t}": dict(
-            steps=steps, delta=lab.c.delta or 0.1, w_t=w_t)
-            for steps, w_t in ((n // 4, 0.5), (n // 2, 0.25), (n // 2, 0.5), (n // 2, 1.0))}
+    if lab.model.data.num_images:  # temporal guidance calls the network twice in each step after its log-SNR
+        flags |= {f"ancestral, {n} steps, w_t {w_t:g} from λ {at:g}": dict(steps=n, w_t=w_t, w_t_from=at)
+                  for w_t, at in ((1.0, -4.0), (1.0, -3.0), (1.0, -2.0), (4.0, -2.0))}
+        flags[f"corrector, {n} steps, w_t 1 from λ -3"] = dict(steps=n, delta=0.3, w_t=1.0, w_t_from=-3.0)
     return lab.bounds() | {name: partial(arm, values) for name, values in flags.items()}
 
 
@@ -102,11 +103,10 @@ def extend(lab: Lab) -> dict[str, Arm]:
     """
     frames, length = lab.c.frames, lab.model.network.config.frames
     overlap = lab.c.overlap or length // 2
-    plain, corrected = dict(steps=lab.c.calls), dict(steps=lab.c.calls // 2, delta=lab.c.delta or 0.1)
+    ways = {"": dict(steps=lab.c.calls), ", corrector": dict(steps=lab.c.calls // 2, delta=lab.c.delta or 0.1)}
     methods = {"replacement": dict(method="replacement")}
-    methods |= {f"reconstruction, w_r {w_r}": dict(w_r=w_r) for w_r in (0.3, 1, 2, 5, 10, 50)}
-    flags = {name: method | plain for name, method in methods.items()}
-    flags |= {f"{name}, corrector": method | corrected for name, method in methods.items()}
+    methods |= {f"reconstruction, w_r {w_r}": dict(w_r=w_r) for w_r in (0.3, 1, 2, 3, 5, 10, 50)}
+    flags = {name + after: method | way for after, way in ways.items() for name, method in methods.items()}
     blocks = infill.block_starts(torch.zeros(frames, dtype=torch.bool), length, overlap)
 
     low, high = walls(lab.model.data.size)
@@ -148,8 +148,7 @@ def predict(lab: Lab) -> dict[str, Arm]:
     def arm(guess: Callable[[Tensor, int], Tensor], seed: int) -> dict[str, float]:
         x = lab.real(seed, k + 10)[0]
         return errors(lab, x[:, :, k:], guess(x, seed)[:, :, k:], seed)
-    methods = {"replacement": dict(method="replacement")}
-    methods |= {f"w_r {w_r}": dict(w_r=w_r) for w_r in (1, 5, 20)}
+    methods = {"replacement": dict(method="replacement")} | {f"w_r {w}": dict(w_r=w) for w in (1, 5, 20)}
     guesses = {"one sample": lambda x, seed: drawn(seed),
                f"best of {draws}": lambda x, seed: closest(x, several(seed)),
                f"mean of {draws}": lambda x, seed: several(seed).mean(0),
@@ -169,8 +168,7 @@ def given(lab: Lab) -> dict[str, Arm]:
         new[where] = False
         y = lab.draw(seed, known(lab, x, where), **lab.steps(), **flags)
         return errors(lab, x[:, :, new], y[:, :, new], seed) | lab.measure(y)
-    methods = {"replacement": dict(method="replacement")}
-    methods |= {f"w_r {w_r}": dict(w_r=w_r) for w_r in (2, 10, 20)}
+    methods = {"replacement": dict(method="replacement")} | {f"w_r {w}": dict(w_r=w) for w in (3, 5, 10)}
     return lab.bounds() | {f"{what}, {name}": partial(arm, where, flags) for name, flags in methods.items()
                            for what, where in (("first 6", slice(0, 6)), ("every third", slice(0, None, 3)))}
 
@@ -323,8 +321,10 @@ def main() -> None:
     lab, begun = build(c), time.time()
     Path(c.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
     experiment = EXPERIMENTS[c.experiment]
-    arms = {name: arm for name, arm in experiment(lab).items()
-            if any(part in name for part in c.only.split("|"))}
+    try:
+        arms = {name: arm for name, arm in experiment(lab).items() if re.search(c.only, name)}
+    except re.error as error:
+        raise ValueError(f"--only {c.only} is not a regular expression: {error}") from None
     if not arms:
         raise ValueError(f"--only {c.only} leaves no arm of --experiment {c.experiment}")
     text, raw = table(arms, c.seeds)

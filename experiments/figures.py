@@ -229,8 +229,8 @@ def mask(steps: int) -> Any:
     """Clips of one seed by weights of temporal guidance; which frame may see which in joint training; and a
     trained attention under it.
     """
-    flags = dict(seed=4, steps=steps, delta=0.3, w_t_from=-4.0)
-    rows = {f"w_t = {w_t:g}": drawn(UNCAPTIONED, w_t=w_t, **flags) for w_t in (0.0, 0.5, 2.0)}
+    rows = {name: drawn(UNCAPTIONED, seed=10, steps=steps, w_t=w_t, w_t_from=at) for name, w_t, at in
+            (("w_t = 0", 0.0, 0.0), ("w_t = 1, λ > −3", 1.0, -3.0), ("w_t = 1, λ > −8", 1.0, -8.0))}
     figure, axes = strips(rows, (), [["may", "does"]], 3.4, 7)
     matrix(axes["may"], isolate(20, 4, torch.device("cpu")), "16 frames, 4 images; white: may", cmap="gray")
     seen, _ = attention(PIXELS, real(num_images=4)[0], -3.0, 4)
@@ -307,8 +307,8 @@ def drift(steps: int) -> Any:
     block, which both methods share, by frame.
     """
     m, rows, shares = model(UNCAPTIONED), {}, {}
-    for name, flags in (("replacement", dict(method="replacement")), ("w_r = 10", dict(w_r=10.0))):
-        s = SampleConfig(mode="extend", num=10, steps=steps // 2, delta=0.3, w_t=0.5, w_t_from=-4.0, **flags)
+    for name, flags in (("replacement", dict(method="replacement")), ("w_r = 3", dict(w_r=3.0))):
+        s = SampleConfig(mode="extend", num=10, steps=3 * steps // 4, **flags)
         video = fill(m, s, nothing(m, s, 64))
         rows[name], rows[f"{name}, on"] = video[6].split(32, 1)
         digits = observe(video, load_features(HERE / "pretrained/features_32.pt"), 1)[0][:, :, 0]

@@ -36,12 +36,12 @@ class EvaluateConfig:
     calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
     delta: float = 0.0  # [0, 2] step size of the corrector; 0 is 0.1 in samplers and extend, else none
     w_t: float = 0.0  # [0, 100] weight of temporal guidance
-    w_t_from: float = -40.0  # [-40, 40] log-SNR at which temporal guidance begins
+    w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside the weight of reconstruction guidance
     overlap: int = 0  # [0, 1024] extend: frames that blocks share; 0 is half the model's length
     frames: int = 64  # [17, 1000] extend: frames of the result
     w: float = 1.0  # [0, 100] extend, joint, positions, blocks: weight of classifier-free guidance
-    only: str = ""  # arms whose name contains this, or one of several texts separated by |; by default all
+    only: str = ""  # a regular expression: arms in whose name it is found; by default all
     train_steps: int = 2000  # [1, 100000000] joint, positions: optimizer steps of their small models
     train_minutes: float = 4.0  # (0, 10000] blocks: minutes of training of each of its models
     autoencoder: str = "pretrained/autoencoder_32.pt"  # blocks: whose latents its models draw
@@ -79,9 +79,9 @@ class Lab:
         frames = frames or model.network.config.frames
         for first in range(0, self.c.clips, self.c.batch_size):
             which = slice(first, min(first + self.c.batch_size, self.c.clips))
-            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, w_t_from=self.c.w_t_from,
-                             w_r_power=self.c.w_r_power, text="|".join(texts[which]) if texts else "",
-                             **{"w_t": self.c.w_t} | flags)
+            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, w_r_power=self.c.w_r_power,
+                             text="|".join(texts[which]) if texts else "",
+                             **{"w_t": self.c.w_t, "w_t_from": self.c.w_t_from} | flags)
             with self.machine.autocast():
                 parts.append(infill.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
         return torch.cat(parts).float().cpu()

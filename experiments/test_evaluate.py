@@ -227,12 +227,14 @@ def test_fvd_is_printed_when_and_only_when_its_network_is_given(lab, monkeypatch
 
 
 def test_only_some_arms_are_run(speeds, tmp_path, monkeypatch, capsys):
-    quick(monkeypatch, "guidance", tmp_path, *speeds, "--only", "w = 1|real")
+    quick(monkeypatch, "guidance", tmp_path, *speeds, "--only", "w = 1|^real")
     numbers = json.loads((tmp_path / "quick" / "guidance.json").read_text())
     assert list(numbers["raw"]) == ["real clips (floor)", "w = 1 (2.0 in Table 5)"]
-    with pytest.raises(SystemExit) as stop:
-        quick(monkeypatch, "guidance", tmp_path, *speeds, "--only", "dreams")
-    assert stop.value.code == 2 and "leaves no arm of --experiment guidance" in capsys.readouterr().err
+    for only, sentence in {"dreams": "leaves no arm of --experiment guidance",
+                           "w = 1 (2.0": "is not a regular expression"}.items():
+        with pytest.raises(SystemExit) as stop:
+            quick(monkeypatch, "guidance", tmp_path, *speeds, "--only", only)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_features_of_other_clips_are_refused(tmp_path, lab, monkeypatch):
