@@ -179,7 +179,8 @@ def guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
 def images(network: Callable) -> Callable:
     """The network where every frame is an image of joint training (4.3.1), which sees no other frame.
 
-    It has no gradient: Eq. 7 needs none, as known frames do not move others here. Eq. 8 goes without.
+    Without gradient. In Eq. 7 that changes nothing: a known frame's x_hat depends here on its own z alone,
+    which is replaced. In Eq. 8 it makes the gradient approximate.
     """
     return torch.no_grad()(lambda z, logsnr, cond: network(z, logsnr, cond, z.shape[2] - 1))
 

@@ -250,7 +250,7 @@ def conditional(steps: int) -> Any:
     """
     m, x = model(UNCAPTIONED), real()[0]
     y, rows, far, plain = m.autoencoder.latents(x), {"truth": x[0]}, {}, denoiser(m.network, m.diffusion)
-    for name, w_r in {"replacement": 0.0, "w_r = 2": 2.0, "w_r = 10": 10.0, "w_r = 20": 20.0}.items():
+    for name, w_r in {"replacement": 0.0, "w_r = 3": 3.0, "w_r = 10": 10.0, "w_r = 20": 20.0}.items():
         seen = []
         rows[name] = m.autoencoder.video(continued(watched(plain, seen), y, 6, w_r, levels(steps), 0.3))[0]
         far[name] = [((y - x_hat) * first(y, 6)).square().sum() for _, _, x_hat in seen[::2]]
