@@ -199,7 +199,7 @@ def super_resolve(lab: Lab) -> dict[str, Arm]:
         return {"psnr": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)} | lab.measure(y)
     return (lab.bounds() | {f"{scale}x, bicubic": partial(arm, partial(bicubic, scale)) for scale in (2, 4)}
             | {f"{scale}x, Eq. 8, w_r {w_r}": partial(arm, partial(equation_8, scale, w_r))
-               for scale in (2, 4) for w_r in ((4.0, 6.0, 10.0) if lab.model.autoencoder else (0.5, 1.0, 1.5))})
+               for scale in (2, 4) for w_r in ((1.5, 4.0, 10.0) if lab.model.autoencoder else (0.5, 1.0, 1.5))})
 
 
 def bicubic(scale: int, lab: Lab, x: Tensor, seed: int) -> Tensor:
