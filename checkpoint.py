@@ -39,7 +39,9 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             os.fsync(handle)
             os.close(handle)
     except (OSError, RuntimeError) as error:  # torch.save hides what the disk said behind a RuntimeError
-        reason = error if isinstance(error, OSError) else error.__context__
+        reason = error
+        if isinstance(error, RuntimeError):
+            reason = error.__context__
         if not isinstance(reason, OSError):
             raise
         raise OSError(f"{path} cannot be saved ({reason.strerror or reason}); older checkpoints are "
@@ -67,7 +69,10 @@ def _read(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # PyTorch itself compares no checksums
                 raise ValueError
-        return content.get("content", content) | {}  # a dict, or else an error; older ones have one inside
+        content = content.get("content", content)  # three of the shipped files have it one level down
+        if not isinstance(content, dict):
+            raise ValueError
+        return content
     except (OSError, MemoryError):
         raise
     except Exception:  # damaged files make torch.load raise nearly anything
@@ -108,15 +113,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 def newest(*folders: Path) -> Path:
     """The newest checkpoint_*.pt in the folders. Raises ValueError if there is none."""
-    found = [max(paths) for folder in folders if (paths := list(folder.glob("checkpoint_*.pt")))]
+    found = []
+    for folder in folders:
+        found += sorted(folder.glob("checkpoint_*.pt"))[-1:]
     if not found:
-        raise ValueError(f"there is no checkpoint in {' or '.join(map(str, folders)) or 'runs/'}")
+        raise ValueError(f"there is no checkpoint in {' or '.join(map(str, folders))}")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def find(path: str) -> Path:
     """The checkpoint that a user's path means: the file, or the newest in a run's folder, else ValueError."""
-    return newest(Path(path)) if Path(path).is_dir() else Path(path)
+    if Path(path).is_dir():
+        return newest(Path(path))
+    return Path(path)
 
 
 def publish(run: str | Path, out: str | Path, sampling: str = "") -> None:
@@ -126,12 +135,17 @@ def publish(run: str | Path, out: str | Path, sampling: str = "") -> None:
     by default the preset's. Raises ValueError if run holds no checkpoint.
     """
     content = load(newest(Path(run)))
-    private = {"out", "resume", "data_dir", "list", "init", "latent"} & set(content["settings"])  # paths
-    settings = content["settings"] | dict.fromkeys(private, "")
-    weights = {part: {name: value.bfloat16() for name, value in content[part].items()}
-               for part in ("ema", "autoencoder") if part in content}
-    save(out, {"settings": settings, "step": content["step"], **weights,
-               "sampling": json.loads(sampling) if sampling else content.get("sampling", {})})
+    public = {"settings": dict(content["settings"]), "step": content["step"],
+              "sampling": content.get("sampling", {})}
+    for private in ("out", "resume", "data_dir", "list", "init", "latent"):  # paths
+        if private in public["settings"]:
+            public["settings"][private] = ""
+    for part in ("ema", "autoencoder"):
+        if part in content:
+            public[part] = {name: value.bfloat16() for name, value in content[part].items()}
+    if sampling:
+        public["sampling"] = json.loads(sampling)
+    save(out, public)
 
 
 if __name__ == "__main__":

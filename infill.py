@@ -3,12 +3,12 @@
 Here guidance, sampler and network meet. Whatever is known is a Given, and fill() draws what is not, in blocks
 of the model's length where the video is longer. sample.py makes a Given of each of its modes.
 """
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 import checkpoint
 import config
-from autoencoder import Autoencoder, AutoencoderConfig, frozen, in_latents
+from autoencoder import Autoencoder, AutoencoderConfig, Pixels, frozen, in_latents
 from data import DataConfig
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
-from guidance import classifier_free, clipped, reconstruction_guided, replacement
-from magicvideo import MagicVideo, MagicVideoConfig, between, build
+from guidance import classifier_free, reconstruction_guided, replacement
+from magicvideo import MagicVideoConfig, between, build_network
 from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
 from unet3d import UNet3D
@@ -39,7 +39,7 @@ class SampleConfig:
     text: str = ""  # caption of the clips, or several taking turns, separated by |; "" is unconditional
     fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips
-    seed: int = 0  # [0, 2147483647] the same seed gives the same video
+    seed: int = 0  # [0, 2147483647] the same seed gives the same clips, however many they are
     sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5, or fewer network calls
     steps: int = 64  # [1, 100000] steps from noise to video
     gamma: float = 0.0  # [0, 1] ancestral: 0 is the small variance, 1 the large one
@@ -48,7 +48,7 @@ class SampleConfig:
     w_t: float = 0.0  # [0, 100] weight of temporal guidance, away from what each frame is alone; ours
     w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
     method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
-    w_r: float = 0.0  # [0, 10000] weight of reconstruction guidance; 0: 10, for small frames 1.5 (latents: 4)
+    w_r: float = 10.0  # [0, 10000] weight of reconstruction guidance; 0 is replacement alone
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside w_r; 1 is the paper, less guides more in noise
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
     overlap: int = 0  # [0, 1024] frames given to predict, and shared by blocks; 0 is half the model's length
@@ -61,22 +61,20 @@ class SampleConfig:
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
 
     def __post_init__(self):
-        keys, replaces = self.mode == "key_frames", self.method == "replacement"
-        for sentence, broken in {
-                "--delta and --gamma belong to --sampler ancestral":
-                    self.sampler != "ancestral" and (self.delta or self.gamma),
-                "--w guides towards a caption: it needs --text and a model trained with captions":
-                    self.w and not self.text,
-                "--fps is said after a caption: it needs --text": self.fps and not self.text,
-                "--fps is not for key frames, which have their own speed": self.fps and keys,
-                "--method, --w_r and --w_t are not for a model trained with --keys, which sees what is given":
-                    keys and (replaces or self.w_r or self.w_t),
-                "--method replacement replaces whole frames, not small ones": replaces and self.mode in SMALL,
-                "--base is for modes cascade, key_frames": self.base and not keys and self.mode != "cascade",
-                "--input is for modes that are given frames: not generate, nor with --base":
-                    self.input and (self.base or self.mode == "generate")}.items():
-            if broken:
-                raise ValueError(sentence)
+        if self.sampler != "ancestral" and (self.delta or self.gamma):
+            raise ValueError("--delta and --gamma belong to --sampler ancestral")
+        if self.w and not self.text:
+            raise ValueError("--w guides towards a caption: it needs --text and a model trained with captions")
+        if self.fps and not self.text:
+            raise ValueError("--fps is said after a caption: it needs --text")
+        if self.fps and self.mode == "key_frames":
+            raise ValueError("--fps is not for key frames, which have their own speed")
+        if self.method == "replacement" and self.mode in SMALL:
+            raise ValueError("--method replacement replaces whole frames, not small ones")
+        if self.base and self.mode not in ("cascade", "key_frames"):
+            raise ValueError("--base is for modes cascade, key_frames")
+        if self.input and (self.base or self.mode == "generate"):
+            raise ValueError("--input is for modes that are given frames: not generate, nor with --base")
 
 
 @dataclass
@@ -87,8 +85,8 @@ class Model:
     diffusion: DiffusionConfig
     text: TextConfig
     device: torch.device
-    autoencoder: Autoencoder | None = None  # of a network that draws latents
-    sampling: dict[str, dict] = field(default_factory=dict)  # settings for --mode, as in config.SAMPLING
+    coder: Autoencoder | Pixels  # whose latents the network draws
+    sampling: dict[str, dict] = field(default_factory=dict)  # settings for --mode, as in presets.SAMPLING
     step: int = 0  # of its training
 
 
@@ -101,8 +99,10 @@ class Given:
     low_known: Tensor | None = None  # (T,) bool
 
     def block(self, where: slice) -> "Given":
-        low = (None, None) if self.low is None else (self.low[:, :, where], self.low_known[where])
-        return Given(self.x[:, :, where], self.known[where], *low)
+        part = Given(self.x[:, :, where], self.known[where])
+        if self.low is not None:
+            part.low, part.low_known = self.low[:, :, where], self.low_known[where]
+        return part
 
 
 def nothing(model: Model, s: SampleConfig, frames: int) -> Given:
@@ -114,15 +114,17 @@ def nothing(model: Model, s: SampleConfig, frames: int) -> Given:
 
 def show(given: Given, where: slice, x: Tensor) -> Given:
     """given, with the frames x (B, C, n, H, W) known at where."""
-    given.x[:, :, where], given.known[where] = x.to(given.x.device), True
+    given.x[:, :, where] = x.to(given.x.device)
+    given.known[where] = True
     return given
 
 
 def show_small(given: Given, stride: int, small: Tensor) -> Given:
     """given, with every stride-th frame seen as small (B, C, n, H / scale, W / scale)."""
     given.low = torch.zeros(*small.shape[:2], len(given.known), *small.shape[3:], device=given.x.device)
+    given.low[:, :, ::stride] = small.to(given.x.device)
     given.low_known = torch.zeros_like(given.known)
-    given.low[:, :, ::stride], given.low_known[::stride] = small.to(given.x.device), True
+    given.low_known[::stride] = True
     return given
 
 
@@ -144,36 +146,51 @@ def load_model(path: Path, device: torch.device) -> Model:
         raise ValueError(f"{path} holds an autoencoder, which draws nothing: train in its latents with "
                          "python train.py --latent")
     try:
-        data, unet, diffusion, text, latent = config.rebuild(settings, *PARTS)
-        coder = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
-        network = build(settings.get("arch", "unet3d"), in_latents(unet, latent) if coder else unet)
-        network.load_state_dict(content["ema"])
-        for mode in (sampling := content.get("sampling", {})).values():
-            config.rebuild(mode, SampleConfig)  # each is a value that its flag would take
+        return rebuilt(content, device)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
+
+
+def rebuilt(content: dict[str, Any], device: torch.device) -> Model:
+    """The model of a checkpoint's content; what is wrong with it raises whatever it is."""
+    data, unet, diffusion, text, latent = config.rebuild(content["settings"], *PARTS)
+    coder = Pixels()
+    if "autoencoder" in content:
+        coder = frozen(latent, content["autoencoder"], device)
+        unet = in_latents(unet, latent)
+    network = build_network(content["settings"]["arch"], unet)
+    network.load_state_dict(content["ema"])
     network = network.to(device, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
-    return Model(network, data, diffusion, text, device, coder, sampling, content.get("step", 0))
+    sampling = content.get("sampling", {})
+    for mode in sampling.values():
+        config.rebuild(mode, SampleConfig)  # each is a value that its flag would take
+    return Model(network, data, diffusion, text, device, coder, sampling, content["step"])
 
 
 def guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
     """The model's denoiser for --text (c = 0 without one), with guidance of the weights --w and --w_t."""
-    keys, cond = model.network.config.keys, None
-    network = between(model.network, given.x, model.diffusion) if keys else model.network
-    denoise = plain = denoiser(network, model.diffusion)
+    network, cond = model.network, None
+    if network.config.keys:
+        network = between(network, given.x, model.diffusion)
+    denoise = denoiser(network, model.diffusion)
     if s.text:
-        if not model.text.cond_dim:
-            raise ValueError("--text needs a model trained with captions, and this one is unconditional")
-        texts = captions(s, 0 if keys else speed(model, s)) * (len(given.x) // s.num)
-        cond = embed(texts, model.text).to(model.device)
-        denoise = classifier_free(denoiser(network, model.diffusion, cond), plain, s.w)
-    if s.w_t and not model.data.num_images:
+        cond = embed(captions(model, s, len(given.x)), model.text).to(model.device)
+        denoise = classifier_free(denoiser(network, model.diffusion, cond), denoise, s.w)
+    if s.w_t == 0:
+        return denoise
+    if not model.data.num_images:
         raise ValueError("--w_t needs a model trained with image frames (--num_images)")
     # Not in the paper: Eq. 6 again, where a frame's condition is the other frames, and an image has none
-    away = classifier_free(denoise, denoiser(images(network), model.diffusion, cond), s.w_t)
-    return lambda z, logsnr: (away if logsnr >= s.w_t_from else denoise)(z, logsnr)
+    alone = denoiser(images(network), model.diffusion, cond)
+    away = classifier_free(denoise, alone, s.w_t)
+
+    def late(z: Tensor, logsnr: Tensor) -> Tensor:
+        if logsnr >= s.w_t_from:
+            return away(z, logsnr)
+        return denoise(z, logsnr)
+    return late
 
 
 def images(network: Callable) -> Callable:
@@ -182,20 +199,29 @@ def images(network: Callable) -> Callable:
     Without gradient. In Eq. 7 that changes nothing: a known frame's x_hat depends here on its own z alone,
     which is replaced. In Eq. 8 it makes the gradient approximate.
     """
-    return torch.no_grad()(lambda z, logsnr, cond: network(z, logsnr, cond, z.shape[2] - 1))
+    @torch.no_grad()
+    def each_alone(z: Tensor, logsnr: Tensor, cond: Tensor | None) -> Tensor:
+        return network(z, logsnr, cond, z.shape[2] - 1)
+    return each_alone
 
 
-def speed(model: Model, s: SampleConfig) -> float:
-    """The frames per second to say after a caption; 0 where training said none."""
-    several = len(strides := model.data.frame_stride) > 1
-    if s.fps and not several and model.data.dataset != "video_folder":
+def captions(model: Model, s: SampleConfig, rows: int) -> list[str]:
+    """A caption for each row of a batch: those of --text in turn for each clip, with the speed if training
+    said it. Raises ValueError if the model knows no captions, or no speeds.
+    """
+    if not model.text.cond_dim:
+        raise ValueError("--text needs a model trained with captions, and this one is unconditional")
+    strides, texts, fps = model.data.frame_stride, s.text.split("|"), s.fps
+    if fps and len(strides) == 1 and model.data.dataset != "video_folder":
         raise ValueError("--fps needs a model trained with several --frame_stride")
-    return s.fps or (8 / min(strides) if several and " fps" not in s.text else 0)
-
-
-def captions(s: SampleConfig, fps: float = 0.0) -> list[str]:
-    """One caption for each of --num clips: those of --text in turn, with the speed if there is one."""
-    return [text + f" at {fps:g} fps" * bool(fps) for text in s.text.split("|") * s.num][:s.num]
+    if fps == 0 and len(strides) > 1 and " fps" not in s.text and not model.network.config.keys:
+        fps = 8 / min(strides)
+    said = []
+    for row in range(rows):
+        clip = row % s.num
+        text = texts[clip % len(texts)]
+        said.append(f"{text} at {fps:g} fps" if fps else text)
+    return said
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------
@@ -204,24 +230,37 @@ def captions(s: SampleConfig, fps: float = 0.0) -> list[str]:
 def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
     length = model.network.config.frames
-    generator, denoise = torch.Generator().manual_seed(s.seed), guided(model, s, given)
+    denoise, noise = guided(model, s, given), generators(s, len(given.x))
     starts = block_starts(given.known, length, overlap(model, s))
-    calls = s.steps if not s.delta else 2 * s.steps - 1
+    calls = 2 * s.steps - 1 if s.delta else s.steps
     video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)
     with tqdm(total=len(starts) * calls, unit=" calls", desc=s.mode) as bar:
         for start in starts:
             where = slice(start, start + length)
-            video.x[:, :, where] = draw(counted(denoise, bar), video.block(where), model, s, generator)
+            video.x[:, :, where] = draw_block(counted(denoise, bar), video.block(where), model, s, noise)
             video.known[where] = True
-    return model.autoencoder.video(video.x) if model.autoencoder else video.x
+    return model.coder.video(video.x)
+
+
+def generators(s: SampleConfig, rows: int) -> list[torch.Generator]:
+    """A source of noise for each row of a batch, by --seed and the clip alone: clip i is the same whatever
+    --num is. Further rows, the later gaps of key_frames, go through the clips again.
+    """
+    found = []
+    for row in range(rows):
+        number = np.random.SeedSequence((s.seed, row % s.num, row // s.num)).generate_state(1)
+        found.append(torch.Generator().manual_seed(int(number[0])))
+    return found
 
 
 def overlap(model: Model, s: SampleConfig) -> int:
     """The frames that predict is given and that blocks share. Raises ValueError if none is left to draw."""
-    k, length = s.overlap or model.network.config.frames // 2, model.network.config.frames
-    if k >= length:
-        raise ValueError(f"--overlap {k} must be less than the model's {length} frames")
-    return k
+    length = model.network.config.frames
+    if s.overlap == 0:
+        return length // 2
+    if s.overlap >= length:
+        raise ValueError(f"--overlap {s.overlap} must be less than the model's {length} frames")
+    return s.overlap
 
 
 def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
@@ -233,34 +272,41 @@ def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
     return starts
 
 
-def draw(denoise: Denoiser, given: Given, model: Model, s: SampleConfig, noise: torch.Generator) -> Tensor:
+def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
+               noise: list[torch.Generator]) -> Tensor:
     """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
-    known, constrain = given.known[:, None, None], identity
-    known = known & (not model.network.config.keys)  # whose denoiser knows them
-    if known.any():
+    constrain, guides = identity, given.low is not None
+    known = given.known[:, None, None]
+    if known.any() and not model.network.config.keys:  # with keys the network is shown what is known
         constrain = replacement(given.x.clone(), known, noise)
-    if given.low is not None or known.any() and s.method == "reconstruction":
-        w_r = s.w_r or (10.0 if given.low is None else 4.0 if model.autoencoder else 1.5)
-        pixels = model.autoencoder.decoded if model.autoencoder else lambda x: x
-        denoise = reconstruction_guided(denoise, seen(given, s, given.x, given.low),
-                                        lambda x: seen(given, s, x, smaller(pixels(x), s.scale)), w_r,
-                                        s.w_r_power)
-    digits = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
-    times = torch.linspace(1, 0, s.steps + 1, dtype=digits)
-    logsnrs, z = schedule(times, model.diffusion).to(model.device), noise_like(given.x, noise)
-    denoise = denoise if model.autoencoder else clipped(denoise)  # latents have no bounds
-    if s.sampler == "ancestral":
-        return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
-    return {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler](denoise, z, logsnrs, constrain)
+        guides = guides or s.method == "reconstruction"
+    if guides and s.w_r:
+        def observe(x: Tensor) -> Tensor:
+            small = None
+            if given.low is not None:
+                small = smaller(model.coder.decoded(x), s.scale)
+            return seen(given, s, x, small)
+        x_a = seen(given, s, given.x, given.low)
+        denoise = reconstruction_guided(denoise, x_a, observe, s.w_r, s.w_r_power)
+    dtype = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
+    times = torch.linspace(1, 0, s.steps + 1, dtype=dtype)
+    logsnrs = schedule(times, model.diffusion).to(model.device)
+    z, denoise = noise_like(given.x, noise), model.coder.bound(denoise)
+    if s.sampler == "ddim":
+        return ddim(denoise, z, logsnrs, constrain)
+    if s.sampler == "dpm_solver":
+        return dpm_solver(denoise, z, logsnrs, constrain)
+    return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
 
 
 def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:
     """What is given of a video, flat (B, n): its known frames, and its low_known frames made small."""
-    parts = [video * given.known[:, None, None]]
-    if given.low is not None:
-        # Paper: no factor. With it pooling has norm 1, and w_r means in space what it means in time
-        parts.append(s.scale * small * given.low_known[:, None, None])
-    return torch.cat([part.flatten(1) for part in parts], 1)
+    whole = (video * given.known[:, None, None]).flatten(1)
+    if small is None:
+        return whole
+    # Paper: no factor. With it pooling has norm 1, and w_r means in space what it means in time
+    low = s.scale * small * given.low_known[:, None, None]
+    return torch.cat([whole, low.flatten(1)], 1)
 
 
 def counted(denoise: Denoiser, bar: tqdm) -> Denoiser:

@@ -1,6 +1,5 @@
 """Where a process runs: device and precision, its place among torchrun's processes, the signals it gets."""
 import os
-import re
 import signal
 from dataclasses import dataclass
 
@@ -20,10 +19,13 @@ class Machine:
         """Whether to compute in bf16: as told, or, for "auto", where the hardware has it."""
         if self.precision != "auto":
             return self.precision == "bf16"
-        if self.device.type != "cpu":
-            return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.device.type == "mps":
+            return False
         # emulated, it is slower than float32; PyTorch has no public way to ask, nor this one everywhere
-        return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+        return has_bf16()
 
     def cores(self) -> int:
         """The CPU cores of this computer for each of the processes on it; torchrun says how many they are."""
@@ -35,7 +37,9 @@ class Machine:
 
     def any(self, here: bool) -> bool:
         """Whether it holds on any process; all of them must ask."""
-        return here if self.world == 1 else self.mean(torch.tensor(float(here), device=self.device)) > 0
+        if self.world == 1:
+            return here
+        return self.mean(torch.tensor(float(here), device=self.device)) > 0
 
     def mean(self, here: torch.Tensor) -> float:
         """The mean of a number over all processes; all of them must ask."""
@@ -43,25 +47,28 @@ class Machine:
             dist.all_reduce(here)
         return here.item() / self.world
 
-    def lost(self, error: RuntimeError) -> bool:
-        """Whether the error says that another process has ended; gloo and NCCL have no type for it."""
-        return self.world > 1 and bool(re.search("[Cc]onnection|[Tt]imed? ?out|peer|remote", str(error)))
-
     def __str__(self) -> str:
-        names = {"cpu": f"CPU with {torch.get_num_threads()} threads", "mps": "Apple's GPU"}
-        name = names.get(self.device.type) or torch.cuda.get_device_name(self.device)
-        return f"{self.world} x {name}, {'bf16' if self.bf16() else 'float32'}"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        elif self.device.type == "mps":
+            name = "Apple's GPU"
+        else:
+            name = f"CPU with {torch.get_num_threads()} threads"
+        precision = "bf16" if self.bf16() else "float32"
+        return f"{self.world} x {name}, {precision}"
 
 
 def find_device(name: str) -> torch.device:
     """The device of --device: "auto" is CUDA or Apple's GPU where there is one. Raises ValueError if it is
     not there.
     """
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+        for kind in there:
+            if there[kind]:
+                return torch.device(kind)
     kind, _, index = name.partition(":")
-    if kind not in there or index and not index.isdecimal():
+    if kind not in there or not index.isdecimal() and index:
         raise ValueError(f"--device {name} is not supported: auto, cpu, cuda, cuda:N or mps")
     if int(index or 0) >= there[kind]:
         raise ValueError(f"--device {name} was given; PyTorch finds {there[kind]} {kind.upper()} devices")

@@ -6,19 +6,21 @@ a Given, which infill.py answers.
 import itertools
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor
 
 import checkpoint
 import config
+from autoencoder import Autoencoder
 from data import batches
 from files import load_video, save_video
-from infill import Given, Model, SampleConfig, fill, load_model, nothing, overlap, show, show_small, smaller
+from infill import (SMALL, Given, Model, SampleConfig, fill, load_model, nothing, overlap, show, show_small,
+                    smaller)
 from machine import Machine, start
 from magicvideo import MagicVideo
 
@@ -34,41 +36,35 @@ def generate(model: Model, s: SampleConfig) -> Given:
 
 def predict(model: Model, s: SampleConfig) -> Given:
     """The first --overlap frames (Eq. 7)."""
-    k = steered(model, s)
-    if not 0 < k < (frames := s.frames or model.network.config.frames):
+    k, frames = overlap(model, s), s.frames or model.network.config.frames
+    if k >= frames:
         raise ValueError(f"--mode predict draws what follows {k} of {frames} frames: give other --frames")
-    return show(nothing(model, s, frames), slice(0, k), inside(model, source(model, s, k)))
+    return show(nothing(model, s, frames), slice(0, k), latents(model, source(model, s, k)))
 
 
 def extend(model: Model, s: SampleConfig) -> Given:
     """Nothing, or the whole --input; four times the model's length is drawn block after block (Table 6)."""
-    steered(model, s)
     given = nothing(model, s, s.frames or 4 * model.network.config.frames)
     if not s.input:
         return given
     x = source(model, s, 0)
     if x.shape[2] >= len(given.known):
         raise ValueError(f"--input {s.input} has {x.shape[2]} frames already; --frames must be more")
-    return show(given, slice(0, x.shape[2]), inside(model, x))
-
-
-def steered(model: Model, s: SampleConfig) -> int:
-    """The frames that predict is given and blocks share; ValueError: --w_r cannot steer those after them."""
-    directed = isinstance(model.network, MagicVideo) and model.network.config.mask == "before"
-    if s.w_r and s.method == "reconstruction" and directed:
-        raise ValueError(f"--w_r steers no frame that --mode {s.mode} draws here: give --method replacement")
-    return overlap(model, s)
+    return show(given, slice(0, x.shape[2]), latents(model, x))
 
 
 def interpolate(model: Model, s: SampleConfig) -> Given:
     """Every --stride-th frame, from a slow clip (Eq. 7)."""
     x, frames = slow_clip(model, s)
-    return show(nothing(model, s, frames), slice(None, None, s.stride), inside(model, x))
+    return show(nothing(model, s, frames), slice(None, None, s.stride), latents(model, x))
 
 
 def super_resolve(model: Model, s: SampleConfig) -> Given:
     """All frames, --scale times smaller (Eq. 8)."""
-    x = source(model, s, s.frames or (0 if s.input else model.network.config.frames))
+    frames = s.frames
+    if not frames and not s.input:
+        frames = model.network.config.frames
+    x = source(model, s, frames)
     return show_small(nothing(model, s, x.shape[2]), 1, small(s, x))
 
 
@@ -78,59 +74,47 @@ def cascade(model: Model, s: SampleConfig) -> Given:
     return show_small(nothing(model, s, frames), s.stride, small(s, x))
 
 
-def small(s: SampleConfig, x: Tensor) -> Tensor:
-    """x made --scale times smaller, or as --base drew it. Raises ValueError if its size cannot be divided."""
-    if not s.base and x.shape[-1] % s.scale:
-        raise ValueError(f"--scale {s.scale} does not divide the model's {x.shape[-1]} pixels")
-    return x if s.base else smaller(x, s.scale)
-
-
-def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
-    """The clips that --base draws of as many frames (0: its length), for cascade --scale times smaller."""
-    base, fps, needed = load_model(find(s.base), model.device), s.fps, model.data
-    given, strides, scale = base.data, base.data.frame_stride, s.scale if s.mode == "cascade" else 1
-    if s.mode == "key_frames":
-        step = (model.network.config.frames - 1) * min(needed.frame_stride)
-        if step not in strides or len(strides) > 1 and not s.text:
-            raise ValueError(f"--base must know --frame_stride {step}, and if it knows others too, --text")
-        fps = 8 / step * (len(strides) > 1)
-    expect(base, s := replace(s, mode="generate", base="", fps=fps))
-    if (given.size * scale, given.channels) != (needed.size, needed.channels):
-        raise ValueError(f"--base draws {given.channels} x {given.size} px, not the {needed.channels} x "
-                         f"{needed.size // scale} px that are needed")
-    return fill(base, s, nothing(base, s, frames or base.network.config.frames))
-
-
 def key_frames(model: Model, s: SampleConfig) -> Given:
     """The gaps between neighbouring key frames (MagicVideo), which --base draws or a slow clip has."""
     gap = model.network.config.frames - 1
-    if s.frames and (s.frames - 1) % gap:
-        raise ValueError(f"--frames {s.frames} must be 1 more than a multiple of {gap}, from key to key")
-    frames = s.frames or (0 if s.input or s.base else 4 * gap + 1)
-    return gaps(model, s, inside(model, source(model, s, (frames - 1) // gap + 1, gap)))
+    frames = s.frames
+    if frames and (frames - 1) % gap:
+        raise ValueError(f"--frames {frames} must be 1 more than a multiple of {gap}, from key to key")
+    if not frames and not s.input and not s.base:
+        frames = 4 * gap + 1
+    keys = source(model, s, (frames - 1) // gap + 1, gap)  # of 0: all of them
+    return gaps(model, s, latents(model, keys))
 
 
-def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
-    """Both ends of each gap of the key frames (B, C, n + 1, H, W): every clip's first gap, then every clip's
-    second, ..., (n B, C, gap + 1, H, W)."""
-    if keys.shape[2] < 2:
-        raise ValueError("one key frame has no neighbour: --frames must be more, or --input longer")
-    pairs = rearrange([keys[:, :, :-1], keys[:, :, 1:]], "two b c n h w -> (n b) c two h w")
-    whole = nothing(model, replace(s, num=len(pairs)), length := model.network.config.frames)
-    return show(whole, slice(None, None, length - 1), pairs)
+MODES = {mode.__name__: mode for mode in (
+    generate, predict, extend, interpolate, super_resolve, cascade, key_frames)}
+
+# ---- what they are made of -------------------------------------------------------------------------------
 
 
-def joined(gaps: Tensor, clips: int) -> Tensor:
-    """The videos (clips, C, n * gap + 1, H, W) of their gaps (n * clips, C, gap + 1, H, W)."""
-    video = rearrange(gaps[:, :, :-1], "(n b) c f h w -> b c (n f) h w", b=clips)
-    return torch.cat([video, gaps[-clips:, :, -1:]], 2)
+def small(s: SampleConfig, x: Tensor) -> Tensor:
+    """x made --scale times smaller, or as --base drew it. Raises ValueError if its size cannot be divided."""
+    if s.base:
+        return x
+    if x.shape[-1] % s.scale:
+        raise ValueError(f"--scale {s.scale} does not divide the model's {x.shape[-1]} pixels")
+    return smaller(x, s.scale)
+
+
+def latents(model: Model, x: Tensor) -> Tensor:
+    """The frames as the network knows them."""
+    return model.coder.latents(x.to(model.device))
 
 
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
     """One frame in --stride of a video, from source (B, C, n, H, W), and the frames of the whole."""
-    frames = s.frames or (0 if s.input or s.base else model.network.config.frames)
-    x = source(model, s, (frames - 1) // s.stride + 1, s.stride)  # 0 of 0: all of them
-    return x, frames or (x.shape[2] - 1) * s.stride + 1
+    frames = s.frames
+    if not frames and not s.input and not s.base:
+        frames = model.network.config.frames
+    x = source(model, s, (frames - 1) // s.stride + 1, s.stride)  # of 0: all of them
+    if not frames:
+        frames = (x.shape[2] - 1) * s.stride + 1
+    return x, frames
 
 
 def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
@@ -140,111 +124,247 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
     if s.base:
         return drawn_by_base(model, s, frames)
     if not s.input:
-        stride *= max(1, round(8 / s.fps)) if s.fps else min(model.data.frame_stride)
-        data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
-        return next(batches(data, s.num, s.seed))[0]
+        return test_clips(model, s, frames, stride)
     x = load_video(s.input, model.data.size, model.data.channels)
     if x.shape[1] < frames:
         raise ValueError(f"--input {s.input} has {x.shape[1]} frames, {frames} are needed")
     return x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1)
 
 
-def inside(model: Model, x: Tensor) -> Tensor:
-    """The frames as the network knows them: its autoencoder's latents, if it draws those."""
-    return model.autoencoder.latents(x.to(model.device)) if model.autoencoder else x.to(model.device)
+def test_clips(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
+    """Clips of the test split (B, C, frames, H, W); clip i is the same whatever --num is."""
+    if s.fps:
+        stride *= max(1, round(8 / s.fps))
+    else:
+        stride *= min(model.data.frame_stride)
+    data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
+    stream = batches(data, 1, s.seed)
+    clips = [next(stream)[0] for _ in range(s.num)]
+    return torch.cat(clips)
 
 
-# ---- the program -----------------------------------------------------------------------------------------
+def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
+    """The clips that --base draws of as many frames (0: its length), for cascade --scale times smaller."""
+    base, needed, scale, fps = load_model(checkpoint.find(s.base), model.device), model.data, s.scale, s.fps
+    if s.mode == "key_frames":
+        scale = 1
+        strides, step = base.data.frame_stride, (model.network.config.frames - 1) * min(needed.frame_stride)
+        if step not in strides or len(strides) > 1 and not s.text:
+            raise ValueError(f"--base must know --frame_stride {step}, and if it knows others too, --text")
+        if len(strides) > 1:
+            fps = 8 / step
+    s = replace(s, mode="generate", base="", fps=fps)
+    expect(base, s)
+    if (base.data.size * scale, base.data.channels) != (needed.size, needed.channels):
+        raise ValueError(f"--base draws {base.data.channels} x {base.data.size} px, not the "
+                         f"{needed.channels} x {needed.size // scale} px that are needed")
+    return fill(base, s, nothing(base, s, frames or base.network.config.frames))
 
 
-MODES = {mode.__name__: mode for mode in (
-    generate, predict, extend, interpolate, super_resolve, cascade, key_frames)}
+def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
+    """Both ends of each gap of the key frames (B, C, n + 1, H, W): every clip's first gap, then every clip's
+    second, ..., (n B, C, gap + 1, H, W)."""
+    if keys.shape[2] < 2:
+        raise ValueError("one key frame has no neighbour: --frames must be more, or --input longer")
+    pairs = rearrange([keys[:, :, :-1], keys[:, :, 1:]], "two b c n h w -> (n b) c two h w")
+    length = model.network.config.frames
+    whole = nothing(model, replace(s, num=len(pairs)), length)
+    return show(whole, slice(None, None, length - 1), pairs)
 
 
-def find(path: str, keys: bool = False, text: str = "") -> Path:
-    """The checkpoint that a file, a run's folder or "" means: the newest run's, else what is in pretrained/."""
+def joined(gaps: Tensor, clips: int) -> Tensor:
+    """The videos (clips, C, n * gap + 1, H, W) of their gaps (n * clips, C, gap + 1, H, W)."""
+    video = rearrange(gaps[:, :, :-1], "(n b) c f h w -> b c (n f) h w", b=clips)
+    return torch.cat([video, gaps[-clips:, :, -1:]], 2)
+
+
+# ---- which model, and with which settings ----------------------------------------------------------------
+
+
+def choose_checkpoint(path: str, mode: str = "", text: str = "") -> tuple[Path, str]:
+    """The checkpoint that --checkpoint means, and why: without the flag the newest run that can draw what is
+    asked for and has done half of its --steps, else the weights in pretrained/.
+    """
     if path:
-        return checkpoint.find(path)
-    weights = "interpolate*.pt" if keys else "moving_mnist*.pt" if text else "uncaptioned*.pt"
+        return checkpoint.find(path), "as given"
+    fair, early = [], []
+    for folder in Path("runs").glob("*"):
+        done = progress_of(folder, mode == "key_frames", bool(text))
+        if done >= 0.5:
+            fair.append(folder)
+        elif done > 0:
+            early.append(folder)
+    if fair:
+        return checkpoint.newest(*fair), "your newest run"
+    weights = "uncaptioned*.pt"
+    if mode == "key_frames":
+        weights = "interpolate*.pt"
+    elif text:
+        weights = "moving_mnist*.pt"
     shipped = sorted((Path(__file__).parent / "pretrained").glob(weights))
-    runs = [folder for folder in Path("runs").glob("*") if draws(folder, keys)]
-    if not runs and not shipped:
+    if not shipped:
         raise ValueError("there is no checkpoint in runs/ or pretrained/: train one or give --checkpoint")
-    return checkpoint.newest(*runs) if runs else shipped[0]
+    reason = "shipped weights"
+    if early:
+        file = checkpoint.newest(*early)
+        reason += f", since {file.parent} has not done half of its --steps: --checkpoint {file.parent} takes it"
+    return shipped[0], reason
 
 
-def draws(run: Path, keys: bool) -> bool:
-    """Whether a run's folder has a checkpoint that can draw, between key frames or without them."""
+def progress_of(run: Path, keys: bool, text: bool) -> float:
+    """Which part of its --steps a run's newest checkpoint has done; 0 if it cannot draw what is asked for."""
     try:
         made = json.loads((run / "config.json").read_text())
-        kind = made["arch"] != "autoencoder" and made["keys"] == keys
+        newest = checkpoint.newest(run)
+        draws = made["arch"] != "autoencoder" and made["keys"] == keys
+        if not draws or text and not made["cond_dim"]:
+            return 0.0
+        return int(newest.stem.removeprefix("checkpoint_")) / made["steps"]
     except (OSError, ValueError, TypeError, KeyError):
-        kind = not keys
-    return kind and any(run.glob("checkpoint_*.pt"))
+        return 0.0
 
 
 def expect(model: Model, s: SampleConfig) -> None:
     """Raises ValueError if the model is not of the kind that --mode needs."""
     if (s.mode == "key_frames") != model.network.config.keys:
         raise ValueError("--mode key_frames needs a model trained with --keys, which knows no other mode")
+    overlap(model, s)  # one that is too long ends here
 
 
-TOGETHER = (("sampler", "gamma", "delta", "steps"), ("text", "w", "fps", "input"), ("method", "w_r", "w_r_power"),
-            ("w_t", "w_t_from"), ("overlap",), ("num",), ("frames",))
+CARRIED = ("sampler", "steps", "gamma", "delta", "text", "w", "fps", "w_t", "w_t_from", "method", "w_r", "w_r_power",
+           "overlap", "num", "frames")  # what a checkpoint may say
 
 
-def carried(sampling: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What the model's maker chose for the mode (config.SAMPLING), but where flags given by hand say another.
-
-    What belongs together is taken together or not at all: --text "a 3" drops the carried text and its w, but
-    leaves sampler and steps. --steps alone leaves the sampler as it is.
+def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings for flags that were not given by hand: what the mode needs, then what the checkpoint
+    carries. A flag changes what it names, and what else has to change with it is printed.
     """
     mode = given.get("mode", "generate")
-    chosen = sampling.get("all", {}) | sampling.get(mode, {})
-    free = {name for group in TOGETHER if not set(group) & (set(given) - {"steps"}) for name in group}
-    return {name: value for name, value in chosen.items() if name in free - {"input", *given}}
+    chosen = {}
+    if mode in SMALL:
+        chosen["w_r"] = 4.0 if isinstance(model.coder, Autoencoder) else 1.5
+    for name, value in (model.sampling.get("all", {}) | model.sampling.get(mode, {})).items():
+        if name in CARRIED:
+            chosen[name] = value
+    if mode == "key_frames" and given.keys() & {"method", "w_r", "w_t"}:
+        raise ValueError("--method, --w_r and --w_t are not for a model trained with --keys, which sees what is "
+                         "given")
+    method = given.get("method", chosen.get("method"))
+    if mode in ("predict", "extend") and directed(model) and method != "replacement":
+        if given.get("w_r"):
+            raise ValueError(f"--w_r steers no frame that --mode {mode} draws here: give --method replacement")
+        chosen["w_r"] = 0.0
+    for name, value in forced(chosen, given).items():
+        print(f"{name} {config.show(chosen[name])} → {config.show(value)}, which goes with your flags")
+        chosen[name] = value
+    return chosen
 
 
-def load() -> tuple[Model, SampleConfig, Machine]:
+def directed(model: Model) -> bool:
+    """Whether a frame hears nothing of those after it, so that no gradient leads from them to it."""
+    return isinstance(model.network, MagicVideo) and model.network.config.mask == "before"
+
+
+def forced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What was chosen, and contradicts a flag given by hand, as it must be instead."""
+    changes, now = {}, chosen | given
+    if now.get("sampler", "ancestral") != "ancestral":
+        if given.get("delta") or given.get("gamma"):
+            changes["sampler"] = "ancestral"
+        else:
+            changes |= {"delta": 0.0, "gamma": 0.0}
+    if "input" in given:
+        changes["text"] = ""
+    if not (now | changes | given).get("text"):
+        changes |= {"w": 0.0, "fps": 0.0}
+    needed = {}
+    for name, value in changes.items():
+        if name not in given and chosen.get(name, value) != value:
+            needed[name] = value
+    return needed
+
+
+def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
     """The model of --checkpoint and the settings: flags given by hand, else those that it carries."""
-    typed, = config.parse(SampleConfig, first=FIRST)
-    machine = start(typed.device, typed.precision, typed.threads)
-    model = load_model(path := find(typed.checkpoint, typed.mode == "key_frames", typed.text), machine.device)
-    s, = config.parse(SampleConfig, first=FIRST, defaults=partial(carried, model.sampling))
-    expect(model, s)
-    taken = [f"--{name} {value}" for name, value in vars(s).items() if value != getattr(typed, name)]
-    print(f"{path}, step {model.step}: {model.data.dataset}, {model.network.config.frames} frames of "
-          f"{model.data.size} px" + f"; chosen with it: {' '.join(taken)}" * bool(taken))
-    return model, s, machine
+    found = {}
+
+    def defaults(given: dict[str, Any]) -> dict[str, Any]:
+        asked = vars(SampleConfig()) | given
+        machine = start(asked["device"], asked["precision"], asked["threads"])
+        path, reason = choose_checkpoint(asked["checkpoint"], asked["mode"], asked["text"])
+        model = load_model(path, machine.device)
+        chosen = decide(model, given)
+        print(f"{path} ({reason}), step {model.step}: {model.data.dataset}, {model.network.config.frames} frames "
+              f"of {model.data.size} px")
+        listed = [f"--{name} {config.show(chosen[name])}" for name in chosen if name not in given]
+        if listed:
+            print(f"chosen with it: {' '.join(listed)}")
+        found.update(model=model, machine=machine)
+        return chosen
+
+    s, = config.parse(SampleConfig, first=FIRST, defaults=defaults)
+    expect(found["model"], s)
+    return found["model"], s, found["machine"]
 
 
-def draw(model: Model, s: SampleConfig) -> tuple[Tensor, Tensor]:
-    """The video (B, C, T, H, W) of --mode, and which of its frames were given (T,)."""
+# ---- the program -----------------------------------------------------------------------------------------
+
+
+def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor, Tensor]:
+    """What --mode was given, the video (B, C, T, H, W), and which of its frames were given (T,)."""
     given = MODES[s.mode](model, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
     if s.base:  # which drew with this seed already, and what the text says
-        silent = {} if model.text.cond_dim else {"text": "", "w": 0.0}
-        s = replace(s, seed=s.seed + 1, **silent)
-    video, marks = fill(model, s, given), given.known
-    if s.mode == "key_frames":
-        video = joined(video, s.num)
-        return video, torch.arange(video.shape[2]) % (len(marks) - 1) == 0
-    return video, marks if given.low is None else marks | given.low_known
+        s = replace(s, seed=s.seed + 1)
+        if not model.text.cond_dim:
+            s = replace(s, text="", w=0.0)
+    video = fill(model, s, given)
+    if s.mode != "key_frames":
+        return given, video, given.known
+    gap = len(given.known) - 1
+    video = joined(video, s.num)
+    return given, video, torch.arange(video.shape[2]) % gap == 0
+
+
+def sheet(model: Model, s: SampleConfig, given: Given, video: Tensor) -> tuple[Tensor, Tensor, int]:
+    """For modes that are given small frames: of each clip what was given, what was drawn and, of test clips,
+    the truth, (n B, C, T, H, W); which frames were given (n B, T); and n.
+    """
+    low = given.low.flatten(1, 2)  # (B, C T, h, w)
+    rows = [nnf.interpolate(low, scale_factor=s.scale).view(video.shape), video]
+    if not s.input and not s.base:
+        rows.append(test_clips(model, s, video.shape[2]).to(video.device))
+    marks = torch.zeros(len(video), len(rows), video.shape[2], dtype=torch.bool)
+    marks[:, 0] = given.low_known
+    return torch.stack(rows, 1).flatten(0, 1), marks.flatten(0, 1), len(rows)
+
+
+def frames_per_second(model: Model, s: SampleConfig) -> float:
+    """How fast the model's clips play: digits take 8 frames a second at --frame_stride 1."""
+    if s.fps:
+        return s.fps
+    return (model.data.fps or 8.0) / min(model.data.frame_stride)
 
 
 def main() -> None:
     """Loads, draws, writes."""
-    model, s, machine = load()
+    model, s, machine = model_and_settings()
     with machine.autocast():
-        video, marks = draw(model, s)
-    for written in save_video(video, free_name(Path(s.out), s.mode), known=marks):
+        given, video, marks = draw_mode(model, s)
+    columns = 0
+    if s.mode in SMALL:
+        video, marks, columns = sheet(model, s, given, video)
+    path = free_name(Path(s.out), s.mode)
+    for written in save_video(video, path, marks, frames_per_second(model, s), columns):
         print(written)
 
 
 def free_name(folder: Path, mode: str) -> Path:
     """folder/mode_001, or the first number that is not taken: no sample is overwritten."""
-    names = (folder / f"{mode}_{number:03d}" for number in itertools.count(1))
-    return next(name for name in names if not name.with_suffix(".gif").exists())
+    for number in itertools.count(1):
+        path = folder / f"{mode}_{number:03d}"
+        if not path.with_suffix(".gif").exists():
+            return path
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Sampling: the modes end to end from a tiny checkpoint, and their composition with closed-form denoisers."""
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -18,10 +19,14 @@ import checkpoint
 import config
 import infill
 import sample
+import settings
+import state
 import train
+from autoencoder import Pixels
 from data import DataConfig, batches
 from diffusion import DiffusionConfig, denoiser
 from machine import Machine
+from presets import SAMPLING
 from infill import Given, Model, SampleConfig, block_starts, fill, load_model
 from test_gaussian import FLOAT, Gaussian, correlation, signal_and_noise
 from text import TextConfig
@@ -42,12 +47,12 @@ ORANGE, GREY = (255, 140, 0), (64, 64, 64)
 
 def checkpointed(folder: Path, *flags: str) -> Path:
     """A run's folder; in its checkpoint no weight is zero, so that whatever it is told has an effect."""
-    s = train.settings([*TINY, *flags, "--out", str(folder)])
+    s = settings.read_settings([*TINY, *flags, "--out", str(folder)])
     folder.mkdir(parents=True)
-    state, generator = train.build(s, CPU.device), torch.Generator().manual_seed(1)
-    for parameter in state.ema.module.parameters():
+    made, generator = state.new_state(s, CPU.device), torch.Generator().manual_seed(1)
+    for parameter in made.ema.module.parameters():
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    train.save(state, s, CPU)
+    state.save_state(made, s, CPU)
     return folder
 
 
@@ -79,14 +84,18 @@ class Drawn:
 
 def program(folder: Path, *flags: object) -> Drawn:
     """python sample.py --checkpoint folder flags, in this process; what it saved is seen on the way."""
-    saved, models, blocks = [], [], []
-    honest = sample.save_video, infill.load_model, infill.draw
+    saved, models, blocks, results = [], [], [], []
+    honest = sample.save_video, infill.load_model, infill.draw_block, sample.draw_mode
 
-    def saving(x: Tensor, path: Path, known: Tensor) -> list[Path]:
-        saved.append((x, known, honest[0](x, path, known=known)))
-        return saved[-1][2]
+    def saving(*given: object) -> list[Path]:
+        saved.append(honest[0](*given))
+        return saved[-1]
 
-    def loading(*given: object) -> tuple:
+    def finishing(*given: object) -> tuple:
+        results.append(honest[3](*given))
+        return results[-1]
+
+    def loading(*given: object) -> Model:
         models.append(honest[1](*given))
         return models[-1]
 
@@ -97,11 +106,12 @@ def program(folder: Path, *flags: object) -> Drawn:
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name, spy in ((sample, "save_video", saving), (sample, "load_model", loading),
-                                  (infill, "draw", drawing)):
+                                  (sample, "draw_mode", finishing), (infill, "draw_block", drawing)):
             patch.setattr(module, name, spy)
         patch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(folder), *QUICK, *map(str, flags)])
         config.run(sample.main)
-    (video, known, files), = saved
+    files, = saved
+    _, video, known = results[0]
     return Drawn(video, known, files, models[0], blocks)
 
 
@@ -136,7 +146,7 @@ def test_a_cascade_starts_from_what_its_base_draws(tiny: Path, small: Path, tmp_
     drawn = program(tiny, "--mode", "cascade", "--base", small, "--out", tmp_path)
     slow = drawn.given[0][1]  # the first block is the base's
     assert slow.shape == (2, 1, 4, 8, 8) and drawn.video.shape == (2, 1, 10, 16, 16)  # 3 frames for each step
-    assert drawn.known.tolist() == [frame % 3 == 0 for frame in range(10)]
+    assert not drawn.known.any()  # no frame is given whole
     assert torch.equal(drawn.given[1][0].low[:, :, [0, 3]], slow[:, :, :2])  # the block of frames 0 to 3
     assert drawn.given[1][0].low_known.tolist() == [True, False, False, True]
 
@@ -157,6 +167,35 @@ def test_the_seed_alone_decides_the_video(mode: str, tiny: Path, tmp_path: Path)
     other = program(tiny, "--mode", *mode.split(), "--seed", 4, "--out", tmp_path)
     assert torch.equal(one.video, two.video) and not torch.equal(one.video, other.video)
     assert [f.read_bytes() for f in one.files] == [f.read_bytes() for f in two.files]
+
+
+@pytest.mark.parametrize("mode", ["generate --delta 0.1", "generate --sampler dpm_solver", "predict --w_r 1",
+                                  "extend --frames 6", "interpolate", "super_resolve", "cascade"])
+def test_clip_i_of_a_seed_is_the_same_however_many_there_are(mode: str, tiny: Path, tmp_path: Path) -> None:
+    flags = ["--mode", *mode.split(), "--out", tmp_path, "--num"]
+    one, three = program(tiny, *flags, 1).video, program(tiny, *flags, 3).video
+    torch.testing.assert_close(three[:1], one, rtol=1e-3, atol=1e-3)
+    assert (three[1] - one[0]).abs().max() > 0.1
+
+
+def test_w_r_0_is_off(tiny: Path, tmp_path: Path) -> None:
+    flags = ["--mode", "predict", "--out", tmp_path]
+    off, on = (program(tiny, *flags, "--w_r", w_r).video for w_r in (0, 10))
+    replaced = program(tiny, *flags, "--method", "replacement").video
+    assert torch.equal(off, replaced) and not torch.equal(off, on)
+
+
+def test_small_frames_stand_beside_the_result_and_the_truth(tiny: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, *"--mode cascade --frames 4 --stride 3 --num 2".split(), "--out", tmp_path)
+    given, s = drawn.given[0][0], SampleConfig(mode="cascade", num=2, stride=3)
+    x, marks, columns = sample.sheet(drawn.model, s, given, drawn.video)
+    assert x.shape == (6, 1, 4, 16, 16) and columns == 3
+    assert torch.equal(x[1::3], drawn.video)
+    assert torch.equal(x[2::3], clips(drawn.model, 4))
+    assert torch.equal(x[0::3, ..., ::2, ::2], given.low) and torch.equal(x[0::3, ..., 1::2, 1::2], given.low)
+    assert marks[0::3].tolist() == [[True, False, False, True]] * 2 and not marks[1::3].any()
+    x, _, columns = sample.sheet(drawn.model, dataclasses.replace(s, input="x.gif"), given, drawn.video)
+    assert len(x) == 4 and columns == 2  # of somebody's own input the truth is not known
 
 
 CHANGES = [  # flags, and flags that must make another video of them
@@ -194,7 +233,7 @@ def test_a_model_of_single_frames_draws_them(tmp_path: Path) -> None:
 
 
 def test_a_really_trained_checkpoint_is_drawn_from(tmp_path: Path) -> None:
-    s = train.settings([*TINY, "--out", str(tmp_path / "run")])
+    s = settings.read_settings([*TINY, "--out", str(tmp_path / "run")])
     with train.prepare(s, CPU):
         train.fit(s, CPU)
     assert program(tmp_path / "run", "--out", tmp_path).video.shape == (2, 1, 4, 16, 16)
@@ -205,8 +244,8 @@ def test_a_really_trained_checkpoint_is_drawn_from(tmp_path: Path) -> None:
 
 def clips(model: Model, frames: int, stride: int = 1, num: int = 2) -> Tensor:
     """The clips of the test split that a mode starts from without --input."""
-    data = dataclasses.replace(model.data, split="test", frames=frames, frame_stride=stride, num_images=0)
-    return next(batches(data, num, 0))[0]
+    data = dataclasses.replace(model.data, split="test", frames=frames, frame_stride=(stride,), num_images=0)
+    return torch.cat([x for x, _ in itertools.islice(batches(data, 1, 0), num)])
 
 
 def pooled(x: Tensor, scale: int = 2) -> Tensor:
@@ -253,13 +292,13 @@ def test_super_resolve_sees_its_clip_small_and_nothing_else(scale: int, tiny: Pa
     drawn = program(tiny, "--mode", "super_resolve", "--scale", scale, "--out", tmp_path)
     (given, _), = drawn.given
     assert torch.allclose(given.low, pooled(clips(drawn.model, 4), scale), atol=1e-6)
-    assert not given.x.any() and not given.known.any() and given.low_known.all() and drawn.known.all()
+    assert not given.x.any() and not given.known.any() and given.low_known.all() and not drawn.known.any()
 
 
 def test_cascade_without_a_base_sees_a_clip_small_and_slow(tiny: Path, tmp_path: Path) -> None:
     drawn = program(tiny, *"--mode cascade --stride 2 --frames 6".split(), "--out", tmp_path)
     slow = pooled(clips(drawn.model, 3, stride=2))
-    assert drawn.known.tolist() == [True, False] * 3
+    assert not drawn.known.any()
     assert torch.allclose(drawn.given[0][0].low[:, :, ::2], slow[:, :, :2], atol=1e-6)
     assert not drawn.given[0][0].known.any()
     assert drawn.given[1][0].known.tolist() == [True, True, False, False]
@@ -273,7 +312,7 @@ def test_an_input_of_another_size_is_fitted_to_the_model(tiny: Path, tmp_path: P
 
 @pytest.mark.parametrize("flags, marked", [
     ("", [False] * 4), ("--mode predict --overlap 1", [True, False, False, False]),
-    ("--mode interpolate --stride 3", [True, False, False, True]), ("--mode super_resolve", [True] * 4)])
+    ("--mode interpolate --stride 3", [True, False, False, True])])
 def test_given_frames_have_a_coloured_border_in_the_files(flags: str, marked: list, tiny: Path,
                                                           tmp_path: Path) -> None:
     drawn = program(tiny, *flags.split(), "--num", 1, "--out", tmp_path)
@@ -303,7 +342,7 @@ class Oracle:
 
     def model(self) -> Model:
         data = DataConfig(size=self.config.size, frames=self.config.frames)
-        return Model(self, data, DiffusionConfig(), TextConfig(cond_dim=0), CPU.device)
+        return Model(self, data, DiffusionConfig(), TextConfig(cond_dim=0), CPU.device, Pixels())
 
 
 def smooth_in_time(rho: float = 0.95, std: float = 0.4) -> Callable[[Tensor, Tensor], Tensor]:
@@ -321,13 +360,13 @@ def nothing(frames: int, num: int = 1, size: int = 8) -> Given:
 
 def blocks_of(monkeypatch: MonkeyPatch) -> list[tuple[Given, Tensor]]:
     """What fill() gives and gets, block by block."""
-    blocks, honest = [], infill.draw
+    blocks, honest = [], infill.draw_block
 
     def spy(denoise: Callable, given: Given, *rest: object) -> Tensor:
         seen = dataclasses.replace(given, x=given.x.clone(), known=given.known.clone())
         blocks.append((seen, honest(denoise, given, *rest).clone()))
         return blocks[-1][1]
-    monkeypatch.setattr(infill, "draw", spy)
+    monkeypatch.setattr(infill, "draw_block", spy)
     return blocks
 
 
@@ -483,10 +522,14 @@ def test_the_network_is_called_as_often_as_the_progress_bar_says(flags: dict, ca
     assert oracle.calls == bar.count == bar.total == calls
 
 
-def test_several_captions_take_turns() -> None:
-    assert infill.captions(SampleConfig(text="a 3|a 7", num=5)) == ["a 3", "a 7", "a 3", "a 7", "a 3"]
-    assert infill.captions(SampleConfig(text="a 3", num=2)) == ["a 3", "a 3"]
-    assert infill.captions(SampleConfig(text="a 3|a 7|a 9", num=2)) == ["a 3", "a 7"]
+def test_several_captions_take_turns(tiny: Path) -> None:
+    model = load_model(checkpoint.newest(tiny), CPU.device)
+
+    def captions(text: str, num: int, rows: int) -> list[str]:
+        return infill.captions(model, SampleConfig(text=text, num=num), rows)
+    assert captions("a 3|a 7", 5, 5) == ["a 3", "a 7", "a 3", "a 7", "a 3"]
+    assert captions("a 3", 2, 2) == ["a 3", "a 3"]
+    assert captions("a 3|a 7|a 9", 2, 4) == ["a 3", "a 7", "a 3", "a 7"]  # two gaps of two clips
 
 
 def test_a_clip_is_drawn_from_its_own_caption(tiny: Path) -> None:
@@ -596,27 +639,61 @@ def test_parameters_are_frozen_dropout_is_off_and_no_graph_is_kept(tiny: Path, t
 
 
 def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[..., Path]:
-    """sample.find with folder as working directory and as the project's; in it are files of these names."""
+    """choose_checkpoint with folder as working directory and as the project's, in which are these files; a run
+    has done the steps that its newest file says, of 10."""
     for age, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
         os.utime(folder / name, (1000 + age, 1000 + age))
+        if name.startswith("runs/"):
+            config_json = (folder / name).parent / "config.json"
+            config_json.write_text(json.dumps(RUN | {"keys": "keys" in name, "cond_dim": 8 * ("told" in name)}))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sample, "__file__", str(folder / "sample.py"))
-    return lambda path, **kind: sample.find(path, **kind).resolve().relative_to(folder.resolve())
+
+    def find(path: str, *asked: str) -> str:
+        file, reason = sample.choose_checkpoint(path, *asked)
+        return f"{file.resolve().relative_to(folder.resolve())} ({reason})"
+    return find
+
+
+RUN = {"arch": "unet3d", "steps": 10}
 
 
 def test_without_a_checkpoint_flag_the_newest_run_is_taken(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
-    names = ["pretrained/moving_mnist_64.pt", "runs/z/checkpoint_00000009.pt", "runs/a/checkpoint_00000001.pt",
-             "runs/a/checkpoint_00000002.pt", "runs/b/config.json", "runs/b/.checkpoint_00000003.pt.1.tmp"]
-    assert str(lookup(monkeypatch, tmp_path, *names)("")) == "runs/a/checkpoint_00000002.pt"
+    names = ["pretrained/moving_mnist_64.pt", "runs/z/checkpoint_00000009.pt", "runs/a/checkpoint_00000005.pt",
+             "runs/a/checkpoint_00000010.pt", "runs/b/.checkpoint_00000003.pt.1.tmp"]
+    found = lookup(monkeypatch, tmp_path, *names)("")
+    assert found == "runs/a/checkpoint_00000010.pt (your newest run)"
+
+
+def test_a_run_that_has_not_done_half_of_its_steps_is_passed_over_and_named(monkeypatch: MonkeyPatch,
+                                                                            tmp_path: Path) -> None:
+    shipped = "pretrained/uncaptioned_32.pt"
+    find = lookup(monkeypatch, tmp_path, shipped, "runs/young/checkpoint_00000004.pt")
+    assert find("") == (f"{shipped} (shipped weights, since runs/young has not done half of its --steps: "
+                        "--checkpoint runs/young takes it)")
+    assert find("runs/young") == "runs/young/checkpoint_00000004.pt (as given)"
+    (tmp_path / "runs/young/checkpoint_00000005.pt").write_text("")
+    assert find("") == "runs/young/checkpoint_00000005.pt (your newest run)"
+
+
+def test_a_run_that_cannot_draw_what_is_asked_for_is_passed_over(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    kinds = ("told", "silent", "keys")
+    names = [f"runs/{kind}/checkpoint_00000010.pt" for kind in kinds]
+    find = lookup(monkeypatch, tmp_path, *names, "runs/coder/checkpoint_00000010.pt")
+    (tmp_path / "runs/coder/config.json").write_text(json.dumps(RUN | {"arch": "autoencoder", "keys": False}))
+    assert find("").startswith("runs/silent/")
+    assert find("", "generate", "a 3").startswith("runs/told/")
+    assert find("", "key_frames").startswith("runs/keys/")
 
 
 def test_without_runs_the_weights_that_come_with_the_project_are_taken(monkeypatch: MonkeyPatch,
                                                                        tmp_path: Path) -> None:
     shipped = [f"pretrained/{name}_64.pt" for name in ("uncaptioned", "moving_mnist", "interpolate")]
-    find = lookup(monkeypatch, tmp_path, *shipped, "runs/started/config.json")
-    assert [str(find("", **kind)) for kind in ({}, {"text": "a 3"}, {"keys": True})] == shipped
+    find = lookup(monkeypatch, tmp_path, *shipped, "runs/started/.checkpoint_00000003.pt.1.tmp")
+    found = [find(""), find("", "generate", "a 3"), find("", "key_frames")]
+    assert found == [f"{name} (shipped weights)" for name in shipped]
 
 
 def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
@@ -626,21 +703,21 @@ def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, 
 
 def test_a_run_folder_or_a_file_can_be_named(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     find = lookup(monkeypatch, tmp_path, "a run/checkpoint_00000001.pt", "a run/checkpoint_00000002.pt",
-                  "pretrained/moving_mnist_64.pt", "runs/newer/checkpoint_00000001.pt")
-    assert str(find("a run")) == "a run/checkpoint_00000002.pt"
-    assert str(find("a run/checkpoint_00000001.pt")) == "a run/checkpoint_00000001.pt"
+                  "pretrained/moving_mnist_64.pt", "runs/newer/checkpoint_00000010.pt")
+    assert find("a run") == "a run/checkpoint_00000002.pt (as given)"
+    assert find("a run/checkpoint_00000001.pt") == "a run/checkpoint_00000001.pt (as given)"
 
 
 @pytest.mark.slow
 def test_a_checkpoint_says_how_to_sample_it_unless_told_otherwise(tmp_path: Path, capsys: CaptureFixture) -> None:
     folder = checkpointed(tmp_path / "run")
     content = checkpoint.load(checkpoint.newest(folder))
-    checkpoint.save(checkpoint.newest(folder), content | {"sampling": config.SAMPLING["bair"]})
+    checkpoint.save(checkpoint.newest(folder), content | {"sampling": SAMPLING["bair"]})
     paper = "--steps 3 --delta 0.1 --gamma 0 --sampler ancestral".split()
     as_said = program(folder, *paper, "--out", tmp_path).video
     capsys.readouterr()
     assert torch.equal(program(folder, "--out", tmp_path).video, as_said)
-    assert "; chosen with it: --delta 0.1 --overlap 1\n" in capsys.readouterr().out
+    assert "chosen with it: --delta 0.1 --overlap 1\n" in capsys.readouterr().out
     program(folder, "--sampler", "ddim", "--out", tmp_path)  # whose --delta must not be held against it
     enlarged = program(folder, *"--mode super_resolve --steps 60".split(), "--out", tmp_path)
     low = enlarged.given[0][0].low
@@ -648,16 +725,33 @@ def test_a_checkpoint_says_how_to_sample_it_unless_told_otherwise(tmp_path: Path
     assert (pooled(enlarged.video) - low).square().mean() < 0.15 * low.square().mean()
 
 
-@pytest.mark.parametrize("given, expected", [
-    ({}, {"steps": 25, "sampler": "ddim", "text": "a 0", "w": 3.0}), ({"steps": 9}, {"sampler": "ddim", "text": "a 0", "w": 3.0}),
-    ({"gamma": 0.1}, {"text": "a 0", "w": 3.0}), ({"w": 1.0}, {"steps": 25, "sampler": "ddim"}),
-    ({"text": ""}, {"steps": 25, "sampler": "ddim"}), ({"mode": "predict"}, {"steps": 25, "delta": 0.1}),
-    ({"mode": "extend", "w_r": 2.0}, {"steps": 25, "delta": 0.1}), ({"mode": "extend"}, {"steps": 25, "delta": 0.1, "method": "replacement"})])
-def test_what_was_chosen_together_is_taken_together_or_not_at_all(given: dict, expected: dict) -> None:
-    chosen = {"all": {"steps": 25, "delta": 0.1}, "extend": {"method": "replacement"},
-              "generate": {"sampler": "ddim", "delta": 0.0, "text": "a 0", "w": 3.0}}
-    taken = sample.carried(chosen, given)
-    assert {name: value for name, value in taken.items() if value != 0.0} == expected
+CHOSEN = {"all": {"steps": 25, "delta": 0.1}, "extend": {"method": "replacement"},
+          "generate": {"sampler": "ddim", "delta": 0.0, "text": "a 0", "w": 3.0}}
+
+
+@pytest.mark.parametrize("given, changed", [
+    ({}, {}), ({"steps": 9}, {}), ({"w": 1.0}, {}), ({"text": "a 3"}, {}), ({"delta": 0.0}, {}), ({"gamma": 0.0}, {}),
+    ({"gamma": 0.1}, {"sampler": "ancestral"}), ({"delta": 0.2}, {"sampler": "ancestral"}),
+    ({"text": ""}, {"w": 0.0}), ({"mode": "predict"}, {}), ({"mode": "predict", "sampler": "ddim"}, {"delta": 0.0}),
+    ({"mode": "extend", "w_r": 2.0}, {}), ({"mode": "extend", "input": "x.gif"}, {}),
+    ({"mode": "extend", "delta": 0.0}, {})])
+def test_a_flag_changes_what_it_names_and_what_else_must_change_is_printed(given: dict, changed: dict, tiny: Path,
+                                                                           capsys: CaptureFixture) -> None:
+    model = dataclasses.replace(load_model(checkpoint.newest(tiny), CPU.device), sampling=CHOSEN)
+    carried = CHOSEN["all"] | CHOSEN.get(given.get("mode", "generate"), {})
+    assert sample.decide(model, given) == carried | changed
+    said = capsys.readouterr().out
+    for name, value in changed.items():
+        assert f"{name} {carried[name]} → {value}" in said.replace("→ none", "→ ")
+    assert said.count("→") == len(changed)
+    SampleConfig(**(carried | changed | given))  # they go together
+
+
+def test_a_caption_that_is_carried_is_not_said_of_an_input(tiny: Path, capsys: CaptureFixture) -> None:
+    model = dataclasses.replace(load_model(checkpoint.newest(tiny), CPU.device), sampling={
+        "extend": {"text": "a 0", "w": 3.0}})
+    assert sample.decide(model, {"mode": "extend", "input": "x.gif"}) == {"text": "", "w": 0.0}
+    assert "text a 0 → none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sampling", [{"all": {"steps": "many"}}, {"all": {"steps": 0}}, {"all": 3}, "fast"])
@@ -668,18 +762,10 @@ def test_bad_settings_in_a_checkpoint_are_one_sentence(sampling: object, tiny: P
     assert "x.pt holds no model" in mistaken(tiny, ["--checkpoint", tmp_path / "x.pt"], capsys)
 
 
-def test_a_checkpoint_cannot_say_where_files_go(tmp_path: Path) -> None:
-    assert sample.carried({"all": {"out": "/", "input": "x", "device": "cuda", "steps": 3}}, {}) == {"steps": 3}
-
-
-def test_without_a_checkpoint_flag_a_run_that_cannot_draw_is_passed_over(monkeypatch: MonkeyPatch,
-                                                                         tmp_path: Path) -> None:
-    names = [f"runs/{name}/checkpoint_00000001.pt" for name in ("draws", "keys", "coder")]
-    find = lookup(monkeypatch, tmp_path, *names)
-    for name, made in {"draws": ("unet3d", False), "keys": ("unet3d", True), "coder": ("autoencoder", False)}.items():
-        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(dict(zip(("arch", "keys"), made))))
-    assert str(find("")) == "runs/draws/checkpoint_00000001.pt"
-    assert sample.find("", keys=True).parent.name == "keys"
+def test_a_checkpoint_cannot_say_where_files_go(tiny: Path) -> None:
+    model = dataclasses.replace(load_model(checkpoint.newest(tiny), CPU.device), sampling={
+        "all": {"out": "/", "input": "x", "device": "cuda", "steps": 3}})
+    assert sample.decide(model, {}) == {"steps": 3}
 
 
 def test_a_base_whose_size_the_scale_does_not_divide_is_fine(tmp_path: Path) -> None:

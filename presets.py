@@ -1,0 +1,78 @@
+"""The values of --preset: three recipes of our own, and the models of the paper's appendix.
+
+PRESETS holds flags of train.py, SAMPLING the flags of sample.py that a checkpoint of each preset carries.
+"""
+from typing import Any
+
+Flags = dict[str, Any]
+
+# ---- ours: cpu for two CPU cores, cuda for one GPU -------------------------------------------------------
+
+CPU: Flags = dict(
+    # data: one digit
+    size=32, digits=1, num_images=8, short_captions=0.3,
+    # network
+    dim=32, dim_mults=(1, 2, 4, 6), blocks=1, attention_resolutions=(2, 4, 8), head_dim=32,
+    emb_dim=256, emb_layers=2, patch=2, scale_shift=True,
+    # process and training
+    noise_shift=3.0, lr=1e-3, warmup=150, decay="cosine", batch_size=8, ema=0.999, steps=8_000)
+
+CUDA: Flags = dict(
+    # data: two digits
+    size=64, digits=2, num_images=4, short_captions=0.3,
+    # network
+    dim=64, dim_mults=(1, 2, 4, 8), blocks=2, attention_resolutions=(8, 16, 32), head_dim=64,
+    emb_dim=512, emb_layers=2, scale_shift=True, checkpointing=True,
+    # process and training
+    noise_shift=3.0, lr=5e-4, warmup=500, decay="cosine", batch_size=16, accumulate=2, ema=0.9995,
+    steps=20_000)
+
+# ---- the paper's appendix: what its models share, then each model ----------------------------------------
+
+PAPER: Flags = dict(
+    dataset="video_folder", size=64, frames=16, channels=3, num_images=8,
+    dim=256, dim_mults=(1, 2, 4, 8), blocks=2, attention_resolutions=(8, 16, 32), head_dim=64,
+    emb_dim=1024, emb_layers=4, cond_dim=0, patch=1, dropout=0.0,
+    prediction="eps", noise_shift=1.0, lr=3e-4, beta2=0.99, weight_decay=0.0, warmup=1000,
+    decay="constant", batch_size=128, ema=0.9999)
+
+UCF101: Flags = PAPER | dict(dropout=0.1, steps=60_000)
+
+BAIR: Flags = PAPER | dict(
+    dim=128, dim_mults=(1, 2, 3, 4), blocks=3, emb_layers=2, prediction="v", dropout=0.1, flip=True,
+    lr=2e-4, beta2=0.999, weight_decay=0.01, ema=0.999, steps=660_000)
+
+KINETICS600: Flags = PAPER | dict(
+    emb_layers=2, prediction="v", dropout=0.1, lr=2e-4, batch_size=256, steps=220_000)
+
+TEXT: Flags = PAPER | dict(encoder="bert", cond_dim=1024, tokens=64)
+TEXT_SMALL: Flags = TEXT | dict(dim=128, steps=200_000)
+TEXT_LARGE: Flags = TEXT | dict(steps=700_000)
+TEXT_9X128: Flags = TEXT | dict(
+    frames=9, size=128, num_images=7, dim=128, dim_mults=(1, 2, 4, 8, 16), head_dim=128, lr=2e-4,
+    steps=800_000)
+
+PRESETS: dict[str, Flags] = {
+    "cpu": CPU, "cuda": CUDA, "ucf101": UCF101, "bair": BAIR, "kinetics600": KINETICS600,
+    "text_small": TEXT_SMALL, "text_large": TEXT_LARGE, "text_9x128": TEXT_9X128}
+
+# ---- how their checkpoints are sampled: for all modes, then what a mode has of its own -------------------
+
+DIGITS: dict[str, Flags] = {
+    "all": dict(steps=24, delta=0.1),
+    "generate": dict(sampler="dpm_solver", steps=25, delta=0.0),
+    "extend": dict(steps=20, delta=0.0, method="replacement")}
+
+BAIR_W_R, KINETICS_W_R = dict(w_r=50.0), dict(w_r=9.0)  # for whole frames, not for small ones
+
+SAMPLING: dict[str, dict[str, Flags]] = {
+    "cpu": DIGITS,
+    "cuda": DIGITS,
+    "ucf101": {"all": dict(steps=256, gamma=0.1)},
+    "bair": {"all": dict(steps=256, delta=0.1, overlap=1),
+             "predict": BAIR_W_R, "extend": BAIR_W_R, "interpolate": BAIR_W_R},
+    "kinetics600": {"all": dict(steps=128, delta=0.1, overlap=5),
+                    "predict": KINETICS_W_R, "extend": KINETICS_W_R, "interpolate": KINETICS_W_R},
+    "text_small": {"all": dict(steps=256, gamma=0.3)},
+    "text_large": {"all": dict(steps=256, gamma=0.3)},
+    "text_9x128": {"all": dict(steps=256, gamma=0.3)}}

@@ -1,0 +1,124 @@
+"""All that training changes, and how it goes into checkpoints and comes back.
+
+There is no random state to save. Everything random in micro-batch i, data, times, noise and dropout, depends
+on (--seed, i) alone, so that weights, the optimizer's state and the step make a resumed run the whole one.
+"""
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import checkpoint
+from autoencoder import Autoencoder, Pixels, frozen
+from data import batches
+from machine import Machine
+from magicvideo import build_network
+from optimizer import ema_update, make_optimizer
+from presets import SAMPLING
+from settings import Settings, TrainConfig, read_run
+from shard import gathered, split, split_optimizer
+
+
+@dataclass
+class State:
+    """All that training changes; and the coder whose latents are diffused, which stays as it is."""
+    model: nn.Module
+    ema: AveragedModel
+    optimizer: torch.optim.Optimizer
+    coder: Autoencoder | Pixels
+    step: int = 0
+
+
+def new_state(s: Settings, device: torch.device) -> State:
+    """Network, averaged network and optimizer, at step 0 or where --resume left them."""
+    torch.manual_seed(s.train.seed)
+    if s.train.arch == "autoencoder":
+        model = Autoencoder(s.autoencoder)
+    else:
+        model = build_network(s.train.arch, s.network)
+    if s.train.init and not s.train.resume:
+        with weights_of("init", s) as content:
+            model.load_state_dict(content["ema"])
+    if s.train.shard:  # it goes to the device part by part: the whole need not fit there
+        model = model.to(memory_format=torch.channels_last)
+    else:
+        model = model.to(device, memory_format=torch.channels_last)
+    ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
+    state = State(model, ema, optimizer_of(model, s.train), Pixels())
+    if s.train.resume:
+        with weights_of("resume", s) as content:
+            restore(state, content)
+            if s.train.latent:
+                state.coder = frozen(s.autoencoder, content["autoencoder"], device)
+    elif s.train.latent:
+        state.coder = new_coder(s, device)
+    if s.train.shard:
+        whole = state.optimizer
+        split([state.model, state.ema.module])
+        state.optimizer = optimizer_of(state.model, s.train)
+        split_optimizer(state.optimizer, whole)
+    return state
+
+
+def optimizer_of(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that the flags name, of the model as it is now."""
+    return make_optimizer(train.optimizer, model, train.lr, train.beta2, train.weight_decay)
+
+
+def new_coder(s: Settings, device: torch.device) -> Autoencoder:
+    """The autoencoder that --latent names, scaled so that latents of the data have unit variance."""
+    with weights_of("latent", s) as content:
+        coder = frozen(s.autoencoder, content["ema"], device)
+    clips, _ = next(batches(replace(s.data, num_images=0), 64, s.train.seed))
+    coder.measure(clips.to(device))
+    return coder
+
+
+@contextlib.contextmanager
+def weights_of(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
+    """What the checkpoint of a flag holds, to be loaded; weights that do not fit are one ValueError."""
+    path, content, _ = read_run(flag, getattr(s.train, flag))
+    try:
+        yield content
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
+        word = "resume" if s.train.resume else "start"
+        reason = s.changes() or "no flag explains it"
+        raise ValueError(f"--{flag} {path} holds another network: {reason}; {word} without flags that "
+                         "change it") from None
+
+
+def restore(state: State, content: dict[str, Any]) -> None:
+    """Puts a checkpoint's content into state. There is no random state in it: see the head of this file."""
+    state.model.load_state_dict(content["model"])
+    state.ema.module.load_state_dict(content["ema"])
+    state.ema.n_averaged.copy_(content["ema_count"])
+    groups = state.optimizer.state_dict()["param_groups"]  # as the flags say now
+    state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
+    for parameter, values in state.optimizer.state.items():
+        for name, value in values.items():
+            if value.shape:  # fused Adam goes by the order in memory, which --shard changes
+                values[name] = torch.empty_like(parameter).copy_(value)
+    state.step = int(content["step"])
+
+
+def save_state(state: State, s: Settings, machine: Machine) -> Path:
+    """Writes checkpoint_<step>.pt into the run's folder, keeps the newest --keep, and returns its path. All
+    processes must ask; the first one writes.
+    """
+    content = {"settings": s.flat(), "step": state.step, "sampling": SAMPLING[s.train.preset],
+               "model": state.model.state_dict(), "ema": state.ema.module.state_dict(),
+               "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict()}
+    if s.train.latent:
+        content["autoencoder"] = state.coder.state_dict()
+    content = gathered(content)
+    path = Path(s.train.out) / f"checkpoint_{state.step:08d}.pt"
+    if machine.rank == 0:
+        checkpoint.save(path, content)
+        for old in sorted(path.parent.glob("checkpoint_*.pt"))[:-s.train.keep]:
+            old.unlink()
+    return path
