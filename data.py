@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-import clips
-from files import decode, to_float
+from clips import folder_clips, video_folder
+from files import to_float
 
 Device = str | torch.device
 
@@ -74,7 +74,7 @@ class Batches(Dataset):
             raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
         self.config, self.batch_size, self.seed, self.device = config, batch_size, seed, device
         films = config.dataset == "video_folder"
-        draw = partial(_folder_clips, video_folder(config)) if films else _digit_clips
+        draw = partial(folder_clips, video_folder(config)) if films else _digit_clips
         # With a single stride no random number is drawn for it, and captions are silent on the speed.
         self.images, self.clips = draw, draw if len(config.frame_stride) == 1 else partial(_at_speeds, draw)
 
@@ -224,67 +224,3 @@ def _read_idx(name: str) -> np.ndarray:
     raw = gzip.decompress(packed)
     assert raw[:3] == b"\0\0\x08", f"{name} starts with {raw[:3]}, not with the header of an array of bytes"
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(np.frombuffer(raw, ">i4", raw[3], 4))
-
-
-# ---- clips from a folder or a list -----------------------------------------------------------------------
-
-class Clip(NamedTuple):
-    """A clip that is long enough, as many frames as it has at --fps."""
-    path: Path
-    caption: str
-    frames: int
-
-
-@cache
-def video_folder(config: DataConfig) -> list[Clip]:
-    """The usable clips of the split in data_dir, by their headers; others are skipped, and named on stderr.
-
-    ValueError: no such folder or list, or no usable clip in it.
-    """
-    named, root = clips.find(config.data_dir, config.list, config.split), Path(config.data_dir)
-    needed, usable, bad = (config.frames - 1) * max(config.frame_stride) + 1, [], []
-    for (path, caption), seen in zip(named, clips.look([path for path, _ in named], root)):
-        if isinstance(seen, str):
-            bad.append(seen)
-            continue
-        frames, rate = seen
-        frames = int(frames * config.fps / rate + 1e-6) if config.fps and rate else frames
-        if frames < needed:
-            bad.append(f"{path}: {frames} frames, {needed} needed")
-        else:
-            usable.append(Clip(path, caption, frames))
-    more = f"; and {len(bad) - 20} more" * (len(bad) > 20)
-    report = f"skipped {len(bad)} of {len(named)} clips: {'; '.join(bad[:20])}{more}" if bad else "there is none"
-    if not usable:
-        raise ValueError(f"no usable clip for the {config.split} split in {config.list or root}: {report}")
-    if bad:
-        print(report, file=sys.stderr)
-    return usable
-
-
-def _folder_clips(found: list[Clip], config: DataConfig, n: int, rng, device, beside=None) -> tuple:
-    if beside is None:
-        frames, chosen = config.frames, rng.integers(0, len(found), n)
-    else:  # single frames, each from any clip but the one it goes beside, unless there is no other
-        frames, chosen = 1, np.repeat(beside["clips"], n // len(beside["clips"]))
-        chosen = (chosen + rng.integers(1, max(len(found), 2), n)) % len(found)
-    where, mirrored, faults = rng.random(n), rng.random(n) < 0.5, []
-    cuts, chosen = zip(*(_cut(found, i, frames, u, config, faults) for i, u in zip(chosen, where)))
-    cuts = [cut.flip(-1) if config.flip and mirror else cut for cut, mirror in zip(cuts, mirrored)]
-    truth = {"clips": chosen, "faults": faults}
-    return torch.stack(cuts), [found[i].caption for i in chosen], truth
-
-
-def _cut(found: list[Clip], i: int, frames: int, where: float, config: DataConfig, faults: list) -> tuple:
-    """Frames of clip i, or of the next one that can be decoded."""
-    step = config.frame_stride[0]
-    span = (frames - 1) * step + 1
-    for j in range(i, i + len(found)):
-        clip = found[j % len(found)]
-        start = int(where * (clip.frames - span + 1))
-        try:
-            cut = slice(start, start + span, step)
-            return decode(clip.path, config.size, config.channels, cut, config.fps), j % len(found)
-        except ValueError as error:
-            faults.append(str(error))
-    raise ValueError(f"none of {len(found)} clips can be decoded: {faults[0]}")
