@@ -205,7 +205,7 @@ def test_a_really_trained_checkpoint_is_drawn_from(tmp_path: Path) -> None:
 
 def clips(model: Model, frames: int, stride: int = 1, num: int = 2) -> Tensor:
     """The clips of the test split that a mode starts from without --input."""
-    data = dataclasses.replace(model.data, split="test", frames=frames, frame_stride=stride, num_images=0)
+    data = dataclasses.replace(model.data, split="test", frames=frames, frame_stride=(stride,), num_images=0)
     return next(batches(data, num, 0))[0]
 
 

@@ -23,14 +23,14 @@ import autoencoder
 import checkpoint
 import config
 import cost
-from data import batches, video_folder
+from data import batches
 from diffusion import denoiser, loss, noise_like, schedule
 from files import save_video
 from machine import Machine, start, stop_signals
 from magicvideo import between
 from sampling import dpm_solver
 from run import Settings, State, TrainConfig, build, forget_log, gathered, log, save, settings
-from text import TextConfig, embed, read_ahead
+from text import TextConfig, embed
 
 
 def lr_factor(train: TrainConfig, step: int) -> float:
@@ -194,14 +194,10 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
     """
     s.train.out = s.train.out or f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, resumed = Path(s.train.out), Path(s.train.resume)
-    if s.data.split != "train":
-        raise ValueError(f"--split {s.data.split} is never trained on: sample.py draws from it")
     if s.train.shard and machine.world == 1:
         raise ValueError("--shard splits a model over processes, and there is one: start several with torchrun")
     if machine.rank == 0:
         next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
-        if s.text.encoder == "bert" and s.data.dataset == "video_folder":
-            read_ahead([clip.caption for clip in video_folder(s.data)], s.text)
     machine.any(False)  # all others wait for what the first notes down of the clips
     if machine.rank > 0:
         yield
