@@ -36,7 +36,8 @@ class DataConfig:
     data_dir: str = ""  # folder of clips, for video_folder alone
     list: str = ""  # file that lists clips of data_dir: a path and a caption or class number a line
     fps: float = 0.0  # [0, 1000] frames a second that films are sampled at; 0 takes each film's own
-    split: Literal["train", "test"] = "train"  # half of the data: no test digit or clip is ever trained on
+    # No flag: train.py never sees a digit or clip of the other half, and sample.py starts from those alone.
+    split: Literal["train", "test"] = "train"
     frames: int = 16  # [1, 1024] frames per clip
     size: int = 64  # [8, 1024] height and width in pixels
     channels: int = 1  # [1, 64] colour channels: 1 is grey, 3 is RGB
