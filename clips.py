@@ -9,19 +9,24 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from checkpoint import replacing
-from files import CLIPS, STILLS, natural, probe
+from files import CLIPS, STILLS, decode, natural, probe
 
 Named = list[tuple[Path, str]]  # clips and their captions
 
 
-def find(data_dir: str, listing: str, split: str) -> Named:
+def list_videos(data_dir: str, listing: str, split: str) -> Named:
     """The clips of a split with their captions, in an order that depends on their names alone.
 
     Without a listing all clips in data_dir. The test clips are those in a subfolder test beside train, or in
@@ -143,3 +148,71 @@ def _write(known: dict[str, list], indexes: Sequence[Path]) -> None:
             with replacing(index) as file:
                 file.write_text(json.dumps(known))
             return
+
+
+# ---- cuts ------------------------------------------------------------------------------------------------
+
+class VideoFile(NamedTuple):
+    """A clip that is long enough, as many frames as it has at --fps."""
+    path: Path
+    caption: str
+    frames: int
+
+
+@cache
+def video_folder(config: Any) -> list[VideoFile]:
+    """The usable clips of the split in data_dir, by their headers; others are skipped, and named on stderr.
+
+    ValueError: no such folder or list, or no usable clip in it.
+    """
+    named, root = list_videos(config.data_dir, config.list, config.split), Path(config.data_dir)
+    needed, usable, bad = (config.frames - 1) * max(config.frame_stride) + 1, [], []
+    for (path, caption), seen in zip(named, look([path for path, _ in named], root)):
+        if isinstance(seen, str):
+            bad.append(seen)
+            continue
+        frames, rate = seen
+        frames = int(frames * config.fps / rate + 1e-6) if config.fps and rate else frames
+        if frames < needed:
+            bad.append(f"{path}: {frames} frames, {needed} needed")
+        else:
+            usable.append(VideoFile(path, caption, frames))
+    more = f"; and {len(bad) - 20} more" * (len(bad) > 20)
+    report = f"skipped {len(bad)} of {len(named)} clips: {'; '.join(bad[:20])}{more}" if bad else "there is none"
+    if not usable:
+        raise ValueError(f"no usable clip for the {config.split} split in {config.list or root}: {report}")
+    if bad:
+        print(report, file=sys.stderr)
+    return usable
+
+
+def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Generator,
+                 device: Any = None, beside: dict | None = None) -> tuple:
+    """n cuts (n, C, F, S, S) as uint8, drawn by rng: a clip, a start and whether it is mirrored; captions, and
+    the truth: clips, and faults. beside: the truth of clips beside which single frames go.
+    """
+    if beside is None:
+        frames, chosen = config.frames, rng.integers(0, len(found), n)
+    else:  # single frames, each from any clip but the one it goes beside, unless there is no other
+        frames, chosen = 1, np.repeat(beside["clips"], n // len(beside["clips"]))
+        chosen = (chosen + rng.integers(1, max(len(found), 2), n)) % len(found)
+    where, mirrored, faults = rng.random(n), rng.random(n) < 0.5, []
+    cuts, chosen = zip(*(_cut(found, i, frames, u, config, faults) for i, u in zip(chosen, where)))
+    cuts = [cut.flip(-1) if config.flip and mirror else cut for cut, mirror in zip(cuts, mirrored)]
+    truth = {"clips": chosen, "faults": faults}
+    return torch.stack(cuts), [found[i].caption for i in chosen], truth
+
+
+def _cut(found: list[VideoFile], i: int, frames: int, where: float, config: Any, faults: list) -> tuple:
+    """Frames of clip i, or of the next one that can be decoded."""
+    step = config.frame_stride[0]
+    span = (frames - 1) * step + 1
+    for j in range(i, i + len(found)):
+        clip = found[j % len(found)]
+        start = int(where * (clip.frames - span + 1))
+        try:
+            cut = slice(start, start + span, step)
+            return decode(clip.path, config.size, config.channels, cut, config.fps), j % len(found)
+        except ValueError as error:
+            faults.append(str(error))
+    raise ValueError(f"none of {len(found)} clips can be decoded: {faults[0]}")

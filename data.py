@@ -1,7 +1,7 @@
 """Videos to train on and to look at (section 4, experiments; joint training on images, section 4.3.1).
 
-Bouncing digits made on the fly from the MNIST files beside this module, or clips read from a folder. Videos
-are (B, C, F, H, W) floats in [-1, 1] everywhere.
+Bouncing digits made on the fly from the MNIST files beside this module, or clips read from a folder. A data
+set of your own is one more function and one more entry in SOURCES: see source_of.
 """
 
 import gzip
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,19 +22,22 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-import clips
-from files import decode, to_float
+from clips import folder_clips, video_folder
+from files import to_float
 
 Device = str | torch.device
+Seed = int | tuple | np.random.Generator
+
 
 @dataclass(frozen=True)  # and so hashable: a folder is scanned once for each config
 class DataConfig:
     """What to train on."""
-    dataset: Literal["moving_mnist", "stochastic_moving_mnist", "video_folder"] = "moving_mnist"  # the videos
+    dataset: str = "moving_mnist"  # moving_mnist, stochastic_moving_mnist, video_folder, or your own
     data_dir: str = ""  # folder of clips, for video_folder alone
     list: str = ""  # file that lists clips of data_dir: a path and a caption or class number a line
     fps: float = 0.0  # [0, 1000] frames a second that films are sampled at; 0 takes each film's own
-    split: Literal["train", "test"] = "train"  # half of the data: no test digit or clip is ever trained on
+    # No flag: train.py never sees a digit or clip of the other half, and sample.py starts from those alone.
+    split: Literal["train", "test"] = "train"
     frames: int = 16  # [1, 1024] frames per clip
     size: int = 64  # [8, 1024] height and width in pixels
     channels: int = 1  # [1, 64] colour channels: 1 is grey, 3 is RGB
@@ -43,9 +46,6 @@ class DataConfig:
     digits: int = 2  # [1, 8] digits per clip of the MNIST sets
     short_captions: float = 0.0  # [0, 1] chance that a caption of moving_mnist names its digits alone
     flip: bool = False  # mirror half of the video_folder clips left to right
-
-    def __post_init__(self):  # older checkpoints hold a single number
-        object.__setattr__(self, "frame_stride", tuple(np.atleast_1d(self.frame_stride).tolist()))
 
 
 # ---- the public stream -----------------------------------------------------------------------------------
@@ -58,48 +58,97 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
     A run resumes with start=i; rank r of n takes start=r, stride=n. workers are processes that make batches
     ahead. ValueError: bad config, or no usable clip. RuntimeError or ConnectionError: a worker died.
     """
-    dataset = Batches(config, batch_size, seed, "cpu" if workers else device)
+    if config.channels not in (1, 3):
+        raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
+    dataset = Batches(config, batch_size, seed, "cpu" if workers else device, source_of(config))
     pin = config.dataset == "video_folder" and torch.device(device).type == "cuda"
     loader = DataLoader(dataset, None, sampler=count(start, stride), num_workers=workers, pin_memory=pin,
                         worker_init_fn=_ignore_signals, generator=torch.Generator())  # or it draws a number
     return _delivered(loader, device)
 
 
+def source_of(config: DataConfig) -> Callable[..., tuple]:
+    """The function that makes the clips of config.dataset. ValueError: there is none, or no usable clip.
+
+    Called with (config, n, rng, device) it returns n clips (n, C, F, H, W), floats in [-1, 1] or uint8, as
+    config's channels, frames and size say; n captions, "" where there is none; and the truth: a dictionary of
+    what else is known of the clips, such as labels, or {}. All that is random comes from rng, a NumPy
+    Generator. A config.split of "test" wants clips that are never trained on, a frame_stride of (s,) every
+    s-th frame. The images of joint training are frames of more such clips.
+    """
+    if config.dataset == "video_folder":
+        return partial(folder_clips, video_folder(config))  # the folder is looked at here, once
+    if config.dataset not in SOURCES:
+        raise ValueError(f"--dataset {config.dataset} is not one of {', '.join(SOURCES)}, video_folder")
+    return SOURCES[config.dataset]
+
+
+@dataclass
 class Batches(Dataset):
     """Batch i by its index: uint8 or float x, captions, and what could not be read. It depends on (config,
     batch_size, seed, i) alone.
     """
-    def __init__(self, config: DataConfig, batch_size: int, seed: int, device: Device = "cpu"):
-        if config.channels not in (1, 3):
-            raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
-        self.config, self.batch_size, self.seed, self.device = config, batch_size, seed, device
-        films = config.dataset == "video_folder"
-        draw = partial(_folder_clips, video_folder(config)) if films else _digit_clips
-        # With a single stride no random number is drawn for it, and captions are silent on the speed.
-        self.images, self.clips = draw, draw if len(config.frame_stride) == 1 else partial(_at_speeds, draw)
+    config: DataConfig
+    batch_size: int
+    seed: int
+    device: Device
+    source: Callable
 
     def __getitem__(self, i: int) -> tuple[Tensor, list[list[str]], list[str]]:
         b, k = self.batch_size, self.config.num_images
-        x, captions, truth = self.clips(self.config, b, _rng((self.seed, i, 0)), self.device)
-        if k == 0:
-            return x, [[caption] for caption in captions], truth.get("faults", [])
-        # A stream of random numbers of their own: the clips do not depend on the images.
-        images, more, others = self.images(self.config, b * k, _rng((self.seed, i, 1)), self.device, truth)
-        x = torch.cat([x, rearrange(images, "(b k) c 1 h w -> b c k h w", b=b)], 2)
-        captions = [[own, *more[j * k : (j + 1) * k]] for j, own in enumerate(captions)]
-        return x, captions, truth.get("faults", []) + others.get("faults", [])
+        x, captions, truth = self.clips(b, _rng((self.seed, i, 0)))
+        faults = truth.get("faults", [])
+        captions = [[caption] for caption in captions]
+        if k > 0:  # a stream of random numbers of their own: the clips do not depend on the images
+            images, others, more = self.images(b * k, _rng((self.seed, i, 1)), truth)
+            images = rearrange(images, "(b k) c 1 h w -> b c k h w", b=b)
+            x = torch.cat([x, images], 2)
+            for j, caption in enumerate(others):
+                captions[j // k].append(caption)
+            faults = faults + more.get("faults", [])
+        return x, captions, faults
+
+    def clips(self, n: int, rng: np.random.Generator) -> tuple:
+        """n clips from source. Of several strides each clip draws one, and its caption says the speed."""
+        if len(self.config.frame_stride) == 1:
+            return self.source(self.config, n, rng, self.device)
+        xs, captions = [], []
+        truth = {"clips": [], "faults": []}
+        for stride in rng.choice(self.config.frame_stride, n).tolist():
+            config = replace(self.config, frame_stride=(stride,))
+            x, (caption,), known = self.source(config, 1, rng, self.device)
+            xs.append(x)
+            captions.append(f"{caption} at {8 / stride:g} fps")
+            for name in truth:
+                truth[name].extend(known.get(name, []))
+        return torch.cat(xs), captions, truth
+
+    def images(self, n: int, rng: np.random.Generator, beside: dict) -> tuple:
+        """n single frames (n, C, 1, H, W), of more clips a frame each, with captions that say no speed.
+
+        beside is the truth of the clips that they go beside. video_folder gets it: it need not read whole
+        clips then, and takes none of those.
+        """
+        if self.config.dataset == "video_folder":
+            return self.source(self.config, n, rng, self.device, beside)
+        x, captions, truth = self.source(self.config, n, rng, self.device)
+        shown = rng.integers(0, self.config.frames, n)
+        return x[np.arange(n), :, shown, None], captions, truth
 
 
-def _delivered(loader: DataLoader, device: Device) -> Iterator[tuple[Tensor, list[list[str]]]]:
-    told, read = set(), iter(loader)
+def _delivered(loader, device):
+    told = set()
+    read = iter(loader)
     try:
         for x, captions, faults in read:
-            for fault in dict.fromkeys(faults):
+            for fault in faults:
                 if fault not in told:
                     told.add(fault)
                     print(f"skipped, {len(told)} so far: {fault}", file=sys.stderr)
             x = x.to(device, non_blocking=True)
-            yield to_float(x) if x.dtype == torch.uint8 else x, captions
+            if x.dtype == torch.uint8:
+                x = to_float(x)
+            yield x, captions
     except ValueError as error:  # a worker's comes with its traceback
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
     finally:
@@ -107,23 +156,18 @@ def _delivered(loader: DataLoader, device: Device) -> Iterator[tuple[Tensor, lis
             read._shutdown_workers()
 
 
-def _ignore_signals(worker: int) -> None:
+def _ignore_signals(worker):
     for number in (signal.SIGINT, signal.SIGTERM):  # train.py finishes its step, for which it needs batches
         signal.signal(number, signal.SIG_IGN)
 
 
-def _at_speeds(draw: Callable, config: DataConfig, b: int, rng: np.random.Generator, device) -> tuple:
-    strides = rng.choice(config.frame_stride, b).tolist()
-    xs, captions, truths = zip(*(draw(replace(config, frame_stride=(s,)), 1, rng, device) for s in strides))
-    truth = {name: [one for truth in truths for one in truth.get(name, [])] for name in ("clips", "faults")}
-    return torch.cat(xs), [f"{c} at {8 / s:g} fps" for s, (c,) in zip(strides, captions)], truth
-
-
-def _rng(seed: int | tuple[int, ...]) -> np.random.Generator:
+def _rng(seed):
     # A spawn key, unlike a sum, cannot make (seed 1, batch 0) the same stream as (seed 0, batch 1). The
     # numbers are drawn on the CPU on every machine, so that a GPU run sees the same videos.
-    first, *rest = seed if isinstance(seed, tuple) else (seed,)
-    return np.random.default_rng(np.random.SeedSequence(first, spawn_key=tuple(rest)))
+    if isinstance(seed, np.random.Generator):
+        return seed
+    first, *rest = np.atleast_1d(seed).tolist()
+    return np.random.default_rng(np.random.SeedSequence(first, spawn_key=rest))
 
 
 # ---- bouncing digits -------------------------------------------------------------------------------------
@@ -137,154 +181,135 @@ SHA256 = {
 DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down", "down right")
 
 
-def moving_mnist(config: DataConfig, n: int, seed: int | tuple, device: Device = "cpu") -> tuple:
+def moving_mnist(config: DataConfig, n: int, seed: Seed, device: Device = "cpu") -> tuple:
     """n clips (n, C, F, H, W) of digits at constant speed between walls (Srivastava et al. 2015), captions,
     and the truth on the CPU: labels (n, digits) int64; positions (n, digits, F, 2), top-left (y, x) in
-    pixels, floats truncated when pasted. seed: int or tuple of ints. FileNotFoundError: no intact MNIST file.
+    pixels, floats truncated when pasted. FileNotFoundError: no intact MNIST file.
     """
-    return _digit_clips(replace(config, dataset="moving_mnist"), n, _rng(seed), device)
+    rng = _rng(seed)
+    patches, labels = _choose(config, n, 28, rng)
+    room = config.size - patches.shape[-1]
+    positions, sectors = _straight(config, labels.shape, room, rng)
+    captions = _captions(config, labels, sectors, rng)
+    x = _paste(config, patches, positions, torch.maximum, device)
+    return x, captions, {"labels": labels, "positions": positions}
 
 
-def stochastic_moving_mnist(config: DataConfig, n: int, seed: int | tuple, device: Device = "cpu") -> tuple:
+def stochastic_moving_mnist(config: DataConfig, n: int, seed: Seed, device: Device = "cpu") -> tuple:
     """As moving_mnist, but digits add up and leave walls at random velocities (SVG, Denton & Fergus 2018)."""
-    return _digit_clips(replace(config, dataset="stochastic_moving_mnist"), n, _rng(seed), device)
+    rng = _rng(seed)
+    patches, labels = _choose(config, n, 32, rng)
+    positions = _random(config, labels.shape, rng)
+    captions = [f"{_names(digits)} bouncing at random" for digits in labels.tolist()]
+    x = _paste(config, patches, positions, _add_saturating, device)
+    return x, captions, {"labels": labels, "positions": positions}
 
 
-def _digit_clips(config: DataConfig, n: int, rng: np.random.Generator, device, beside=None) -> tuple:
-    stochastic = config.dataset == "stochastic_moving_mnist"
-    motion, combine = (_random, _add_saturating) if stochastic else (_straight, torch.maximum)
-    side = round(config.size * (32 if stochastic else 28) / 64)
-    half = {"train": "train", "test": "t10k"}[config.split]
-    images, labels = _read_idx(f"{half}-images-idx3-ubyte.gz"), _read_idx(f"{half}-labels-idx1-ubyte.gz")
+def _choose(config, n, pixels, rng):
+    """Digits (n, digits, side, side) uint8, where side is pixels at size 64, and their labels (n, digits)."""
+    half = "t10k" if config.split == "test" else "train"
+    images = _read_idx(f"{half}-images-idx3-ubyte.gz")
+    labels = _read_idx(f"{half}-labels-idx1-ubyte.gz")
     chosen = rng.integers(0, len(images), (n, config.digits))
-    positions, captions = motion(config, labels[chosen], config.size - side, rng)
-    if beside is not None:  # single frames, to go beside other clips
-        positions = np.take_along_axis(positions, rng.integers(0, config.frames, (n, 1, 1, 1)), axis=2)
     patches = torch.from_numpy(images[chosen]).float()
-    patches = interpolate(patches, side, mode="area" if side <= 28 else "bilinear").round().byte()
-    pixels = _paste(patches.to(device), torch.from_numpy(positions).long().to(device), config.size, combine)
-    truth = {"labels": torch.from_numpy(labels[chosen]).long(), "positions": torch.from_numpy(positions)}
-    return repeat(to_float(pixels), "n f h w -> n c f h w", c=config.channels), captions, truth
+    side = round(config.size * pixels / 64)
+    mode = "area" if side <= 28 else "bilinear"
+    patches = interpolate(patches, side, mode=mode).round().byte()
+    return patches, torch.from_numpy(labels[chosen]).long()
 
 
-def _straight(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Generator) -> tuple:
-    start, angle = rng.random((*labels.shape, 1, 2)), rng.random((*labels.shape, 1)) * 2 * np.pi
+def _straight(config, shape, room, rng):
+    """Positions (n, digits, F, 2), and the eighth of the circle (n, digits) that each digit sets out into."""
+    start = rng.random((*shape, 1, 2))
+    angle = rng.random((*shape, 1)) * 2 * np.pi
+    direction = np.stack([-np.sin(angle), np.cos(angle)], -1)
     steps = config.frame_stride[0] * np.arange(config.frames)[:, None]
-    way = start + 0.1 * np.stack([-np.sin(angle), np.cos(angle)], -1) * steps  # the walls are at 0 and 1
-    sector = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
-    # A chance of 0 draws no numbers.
-    short = rng.random(len(labels)) < c if (c := config.short_captions) else [False] * len(labels)
-    # Always "a", so that a prompt differs by its digit alone.
-    phrases = [[f"a {d}" + f" moving {DIRECTIONS[s]}" * (not brief) for d, s in zip(*clip)]
-               for *clip, brief in zip(labels, sector, short)]
+    way = start + 0.1 * direction * steps  # the walls are at 0 and 1
     # A bounce folds the straight way. (The original code clamps to the wall in the frame of a bounce instead;
     # folded, the speed never changes, and a frame_stride of s shows exactly every s-th frame.)
-    return (1 - abs(way % 2 - 1)) * room, [" and ".join(clip) for clip in phrases]
+    positions = (1 - abs(way % 2 - 1)) * room
+    sectors = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
+    return torch.from_numpy(positions), sectors
 
 
-def _random(config: DataConfig, labels: np.ndarray, room: int, rng: np.random.Generator) -> tuple:
+def _captions(config, labels, sectors, rng):
+    short = np.zeros(len(labels), bool)
+    if config.short_captions > 0:  # a chance of 0 draws no numbers
+        short = rng.random(len(labels)) < config.short_captions
+    captions = []
+    for digits, ways, brief in zip(labels.tolist(), sectors, short):
+        if brief:
+            captions.append(_names(digits))
+        else:
+            captions.append(" and ".join(map(_phrase, digits, ways)))
+    return captions
+
+
+def _phrase(digit, sector):
+    return f"a {digit} moving {DIRECTIONS[sector]}"  # always "a", so that a prompt differs by its digit alone
+
+
+def _names(digits):
+    return " and ".join(f"a {digit}" for digit in digits)
+
+
+def _random(config, shape, rng):
     # Integers on the original's 64-pixel canvas, scaled at the end. Its last position is 31, not 32.
-    position = rng.integers(0, 32, (*labels.shape, 2))
-    velocity, path = rng.integers(-4, 5, (*labels.shape, 2)), []
-    for _ in range((config.frames - 1) * config.frame_stride[0] + 1):
+    position = rng.integers(0, 32, (*shape, 2))
+    velocity = rng.integers(-4, 5, (*shape, 2))
+    stride = config.frame_stride[0]
+    path = []
+    for _ in range((config.frames - 1) * stride + 1):
         for axis in (0, 1):  # y before x, as in the original: at a corner the x wall has the last word
-            low, high = position[..., axis] < 0, position[..., axis] > 31
-            inward, along = rng.integers(1, 5, labels.shape), rng.integers(-4, 5, labels.shape)
-            velocity[..., axis] = np.select([low, high], [inward, -inward], velocity[..., axis])
-            velocity[..., 1 - axis] = np.where(low | high, along, velocity[..., 1 - axis])
+            low = position[..., axis] < 0
+            high = position[..., axis] > 31
+            inward = rng.integers(1, 5, shape)
+            along = rng.integers(-4, 5, shape)
+            velocity[low, axis] = inward[low]
+            velocity[high, axis] = -inward[high]
+            velocity[low | high, 1 - axis] = along[low | high]
         path.append(position.clip(0, 31))
         position = path[-1] + velocity
-    positions = np.stack(path[:: config.frame_stride[0]], axis=2) * (config.size / 64)
-    return positions, [" and ".join(f"a {d}" for d in clip) + " bouncing at random" for clip in labels]
+    positions = np.stack(path[::stride], axis=2) * (config.size / 64)
+    return torch.from_numpy(positions)
 
 
-def _paste(patches: Tensor, corners: Tensor, size: int, combine: Callable) -> Tensor:
-    (n, digits, frames, _), side = corners.shape, patches.shape[-1]
-    canvas = patches.new_zeros(n * frames, size, size)
+def _paste(config, patches, positions, combine, device):
+    """Clips of patches (n, digits, side, side) uint8, with their top-left corners at positions."""
+    patches = patches.to(device)
+    corners = positions.long().to(device)
+    n, digits, frames, _ = corners.shape
+    side = patches.shape[-1]
+    canvas = patches.new_zeros(n * frames, config.size, config.size)
     windows = canvas.unfold(1, side, 1).unfold(2, side, 1)  # (n f) y x h w, a view of the canvas to write to
     every = torch.arange(n * frames, device=canvas.device)
     for d in range(digits):
         y, x = rearrange(corners[:, d], "n f yx -> yx (n f)")
         patch = repeat(patches[:, d], "n h w -> (n f) h w", f=frames)
         windows[every, y, x] = combine(windows[every, y, x], patch)
-    return rearrange(canvas, "(n f) h w -> n f h w", n=n)
+    return repeat(to_float(canvas), "(n f) h w -> n c f h w", n=n, c=config.channels)
 
 
-def _add_saturating(a: Tensor, b: Tensor) -> Tensor:
+def _add_saturating(a, b):
     return a + torch.minimum(b, 255 - a)  # uint8 would wrap
 
 
 @cache
-def _read_idx(name: str) -> np.ndarray:
+def _read_idx(name):
     path = MNIST / name
-    packed = path.read_bytes() if path.is_file() else b""
+    packed = b""
+    if path.is_file():
+        packed = path.read_bytes()
     if hashlib.sha256(packed).hexdigest() != SHA256[name]:
         remedy = "restore it with `git checkout mnist/`, or put the original file there"
         raise FileNotFoundError(f"{path} is missing, or is not the original MNIST file: {remedy}")
-    raw = gzip.decompress(packed)
-    assert raw[:3] == b"\0\0\x08", f"{name} starts with {raw[:3]}, not with the header of an array of bytes"
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(np.frombuffer(raw, ">i4", raw[3], 4))
+    content = np.frombuffer(gzip.decompress(packed), np.uint8)
+    if "labels" in name:
+        return content[8:]  # what comes before says how many there are
+    return content[16:].reshape(-1, 28, 28)
 
 
-# ---- clips from a folder or a list -----------------------------------------------------------------------
-
-class Clip(NamedTuple):
-    """A clip that is long enough, as many frames as it has at --fps."""
-    path: Path
-    caption: str
-    frames: int
-
-
-@cache
-def video_folder(config: DataConfig) -> list[Clip]:
-    """The usable clips of the split in data_dir, by their headers; others are skipped, and named on stderr.
-
-    ValueError: no such folder or list, or no usable clip in it.
-    """
-    named, root = clips.find(config.data_dir, config.list, config.split), Path(config.data_dir)
-    needed, usable, bad = (config.frames - 1) * max(config.frame_stride) + 1, [], []
-    for (path, caption), seen in zip(named, clips.look([path for path, _ in named], root)):
-        if isinstance(seen, str):
-            bad.append(seen)
-            continue
-        frames, rate = seen
-        frames = int(frames * config.fps / rate + 1e-6) if config.fps and rate else frames
-        if frames < needed:
-            bad.append(f"{path}: {frames} frames, {needed} needed")
-        else:
-            usable.append(Clip(path, caption, frames))
-    more = f"; and {len(bad) - 20} more" * (len(bad) > 20)
-    report = f"skipped {len(bad)} of {len(named)} clips: {'; '.join(bad[:20])}{more}" if bad else "there is none"
-    if not usable:
-        raise ValueError(f"no usable clip for the {config.split} split in {config.list or root}: {report}")
-    if bad:
-        print(report, file=sys.stderr)
-    return usable
-
-
-def _folder_clips(found: list[Clip], config: DataConfig, n: int, rng, device, beside=None) -> tuple:
-    if beside is None:
-        frames, chosen = config.frames, rng.integers(0, len(found), n)
-    else:  # single frames, each from any clip but the one it goes beside, unless there is no other
-        frames, chosen = 1, np.repeat(beside["clips"], n // len(beside["clips"]))
-        chosen = (chosen + rng.integers(1, max(len(found), 2), n)) % len(found)
-    where, mirrored, faults = rng.random(n), rng.random(n) < 0.5, []
-    cuts, chosen = zip(*(_cut(found, i, frames, u, config, faults) for i, u in zip(chosen, where)))
-    cuts = [cut.flip(-1) if config.flip and mirror else cut for cut, mirror in zip(cuts, mirrored)]
-    truth = {"clips": chosen, "faults": faults}
-    return torch.stack(cuts), [found[i].caption for i in chosen], truth
-
-
-def _cut(found: list[Clip], i: int, frames: int, where: float, config: DataConfig, faults: list) -> tuple:
-    """Frames of clip i, or of the next one that can be decoded."""
-    step = config.frame_stride[0]
-    span = (frames - 1) * step + 1
-    for j in range(i, i + len(found)):
-        clip = found[j % len(found)]
-        start = int(where * (clip.frames - span + 1))
-        try:
-            cut = slice(start, start + span, step)
-            return decode(clip.path, config.size, config.channels, cut, config.fps), j % len(found)
-        except ValueError as error:
-            faults.append(str(error))
-    raise ValueError(f"none of {len(found)} clips can be decoded: {faults[0]}")
+SOURCES = {  # the functions of clips by name; see source_of
+    "moving_mnist": moving_mnist,
+    "stochastic_moving_mnist": stochastic_moving_mnist,
+}

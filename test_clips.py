@@ -249,7 +249,7 @@ def test_where_the_data_cannot_be_written_to_the_index_is_in_runs(tmp_path, monk
 
 def listed(root, text, split="train", name="list.txt"):
     (root / name).write_text(text)
-    return [(str(path.relative_to(root)), caption) for path, caption in clips.find(str(root), str(root / name), split)]
+    return [(str(path.relative_to(root)), caption) for path, caption in clips.list_videos(str(root), str(root / name), split)]
 
 
 def test_ucfs_list_as_it_is_distributed(tmp_path):

@@ -97,6 +97,37 @@ def test_two_channels_are_refused():
         batches(replace(SMALL, channels=2), 1, 0)
 
 
+def grey(config, n, rng, device):
+    """A data set of somebody's own: frame f of a clip has the grey that its caption says, and f more."""
+    shades = rng.integers(100, 200, n)
+    frames = shades[:, None] + np.arange(config.frames) * config.frame_stride[0]
+    pixels = torch.from_numpy(frames).byte()[:, None, :, None, None]
+    shown = pixels.expand(n, config.channels, config.frames, config.size, config.size)
+    return shown.to(device), [str(shade) for shade in shades], {"shades": shades}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_function_in_the_table_is_a_data_set_with_images_and_speeds(monkeypatch, workers):
+    monkeypatch.setitem(data.SOURCES, "grey", grey)
+    config = DataConfig("grey", size=8, frames=5, num_images=2, frame_stride=(1, 4))
+    stream = batches(config, 20, 0, workers=workers)
+    x, captions = next(stream)
+    stream.close()
+    assert x.shape == (20, 1, 7, 8, 8) and (x == x[..., :1, :1]).all()
+    speeds = set()
+    for frames, (caption, *images) in zip(to_bytes(x)[:, 0, :, 0, 0], captions):
+        shade, _, fps, _ = caption.split()
+        speeds.add(fps)
+        assert frames[:5].tolist() == [int(shade) + f * int(8 / float(fps)) for f in range(5)]
+        assert all(0 <= frame - int(image) < 5 for frame, image in zip(frames[5:], images))
+    assert speeds == {"8", "2"}
+
+
+def test_a_data_set_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="--dataset mnist is not one of moving_mnist, .*, video_folder$"):
+        batches(DataConfig("mnist"), 1, 0)
+
+
 # ---- moving digits ---------------------------------------------------------------------------------------
 
 
@@ -204,9 +235,9 @@ def test_frames_are_the_maximum_of_the_digits_at_truncated_positions():
 
 
 def test_where_digits_cross_one_takes_the_maximum_and_the_other_the_clipped_sum():
-    a, b = torch.tensor([[[[200]], [[100]]]], dtype=torch.uint8), torch.zeros(1, 2, 1, 2, dtype=torch.long)
-    assert data._paste(a, b, 1, torch.maximum).item() == 200
-    assert data._paste(a, b, 1, data._add_saturating).item() == 255
+    pair, corner = torch.tensor([[[[200]], [[100]]]], dtype=torch.uint8), torch.zeros(1, 2, 1, 2)
+    for combine, expected in ((torch.maximum, 200), (data._add_saturating, 255)):
+        assert to_bytes(data._paste(DataConfig(size=1), pair, corner, combine, "cpu")).item() == expected
     x, _, truth = stochastic_moving_mnist(DataConfig(frames=2, digits=8), 4, 0)
     pixels = to_bytes(x)
     assert pixels.max() == 255 and (pixels == 255).mean() > 2 * (to_bytes(moving_mnist(DataConfig(
@@ -251,7 +282,7 @@ def test_captions_tell_the_labels_and_the_directions(digits):
 
 @pytest.mark.parametrize("make", [moving_mnist, stochastic_moving_mnist])
 def test_frame_stride_shows_every_nth_frame_of_the_longer_clip(make):
-    x, captions, truth = make(DataConfig(frames=5, frame_stride=4), 6, 9)
+    x, captions, truth = make(DataConfig(frames=5, frame_stride=(4,)), 6, 9)
     y, names, longer = make(DataConfig(frames=17), 6, 9)
     assert torch.equal(x, y[:, :, ::4]) and captions == names
     assert torch.equal(truth["positions"], longer["positions"][:, :, ::4])
@@ -271,9 +302,7 @@ def test_stochastic_digits_keep_their_velocity_between_walls_and_leave_walls_inw
 
 
 def test_stochastic_motion_follows_the_loop_of_its_paper_number_for_number():
-    labels = np.array([[3]])
-    config = DataConfig(frames=200, digits=1)
-    positions, _ = data._random(config, labels, 32, np.random.default_rng(11))
+    positions = data._random(DataConfig(frames=200, digits=1), (1, 1), np.random.default_rng(11))
     rng = np.random.default_rng(11)
     sy, sx = rng.integers(0, 32, 2)
     dy, dx = rng.integers(-4, 5, 2)
@@ -320,7 +349,8 @@ def test_image_frames_are_frames_of_other_clips_with_their_own_caption():
 @pytest.mark.parametrize("make, dataset", [(moving_mnist, ALL[0]), (stochastic_moving_mnist, ALL[1])])
 def test_an_image_frame_is_a_random_frame_of_the_clip_its_caption_describes(make, dataset):
     config = DataConfig(dataset=dataset, frames=8)
-    images, names, _ = data._digit_clips(config, 60, data._rng(0), "cpu", beside={})
+    stream = data.Batches(config, 60, 0, "cpu", data.source_of(config))
+    images, names, _ = stream.images(60, data._rng(0), beside={})
     clips, captions, _ = make(config, 60, 0)
     frames = [[t for t in range(8) if torch.equal(a[:, 0], b[:, t])] for a, b in zip(images, clips)]
     assert names == captions and all(frames) and {t for found in frames for t in found} == set(range(8))
@@ -585,8 +615,8 @@ def test_a_folder_without_usable_clips_is_an_error_at_the_start(tmp_path):
         batches(folder(tmp_path), 1, 0)
     write(tmp_path / "a.npy", NOISE)
     with pytest.raises(ValueError, match="no usable clip.*skipped 1 of 1 clips: .*a.npy: 10 frames, 11 need"):
-        batches(folder(tmp_path, frames=6, frame_stride=2), 1, 0)
-    batches(folder(tmp_path, frames=4, frame_stride=3), 1, 0)
+        batches(folder(tmp_path, frames=6, frame_stride=(2,)), 1, 0)
+    batches(folder(tmp_path, frames=4, frame_stride=(3,)), 1, 0)
 
 
 @pytest.mark.parametrize("where", ["", "nowhere/at/all"])
@@ -617,7 +647,7 @@ def test_films_without_av_are_skipped_with_the_remedy(tmp_path, monkeypatch):
 def test_cuts_start_anywhere_and_take_every_nth_frame(tmp_path):
     write(tmp_path / "a.npy", NOISE)
     whole = NOISE.transpose(3, 0, 1, 2)
-    cuts = to_bytes(next(batches(folder(tmp_path, frames=3, frame_stride=4), 40, 0))[0])
+    cuts = to_bytes(next(batches(folder(tmp_path, frames=3, frame_stride=(4,)), 40, 0))[0])
     starts = [[s for s in (0, 1) if np.array_equal(cut, whole[:, s : s + 9 : 4])] for cut in cuts]
     assert all(starts) and {s for found in starts for s in found} == {0, 1}
 

@@ -319,10 +319,9 @@ def test_of_several_strides_each_clip_draws_one_and_says_its_speed_and_images_sa
     assert mean["8 fps"] < mean["4 fps"] < mean["2 fps"]
 
 
-def test_a_single_stride_draws_as_before_and_says_nothing():
+def test_a_single_stride_says_nothing():
     one = DataConfig(size=16, frames=4, digits=1)
-    old = DataConfig(size=16, frames=4, digits=1, frame_stride=1)  # as checkpoints from before hold it
-    assert one == old and "fps" not in str(next(batches(one, 8, 0))[1])
+    assert "fps" not in str(next(batches(one, 8, 0))[1])
 
 
 def test_clips_of_a_folder_are_cut_at_their_strides(tmp_path):
@@ -446,11 +445,11 @@ def test_a_speed_without_a_caption_is_one_sentence(run, monkeypatch, capsys: Cap
 
 def test_a_checkpoint_from_before_the_setting_is_vdms(run, tmp_path):
     s = train.settings([*TINY, "--arch", "unet3d"])
-    content = {"settings": s.flat() | {"frame_stride": 2}, "ema": UNet3D(s.unet).state_dict()}
+    content = {"settings": s.flat(), "ema": UNet3D(s.unet).state_dict()}
     del content["settings"]["arch"], content["settings"]["mask"]
     checkpoint.save(tmp_path / "old.pt", content)
     model = infill.load_model(tmp_path / "old.pt", CPU.device)
-    assert type(model.network) is UNet3D and model.data.frame_stride == (2,)
+    assert type(model.network) is UNet3D
 
 
 def test_the_cost_of_either_network_is_counted(monkeypatch, capsys):

@@ -13,6 +13,7 @@ import pytest
 import checkpoint
 import config
 import cost
+import data
 import train
 
 HERE = Path(__file__).parent
@@ -154,7 +155,22 @@ def test_the_whole_in_ten_lines_runs():
     exec(whole + "\nassert video.shape == (1, 1, 16, 32, 32) and video.abs().max() <= 1", {})
 
 
-@pytest.mark.parametrize("excerpt", EXCERPTS[1:], ids=[text.split()[0] for text in EXCERPTS[1:]])
+SQUARES, = [text for text in EXCERPTS if "SOURCES" in text]
+SHOWN = [text for text in EXCERPTS[1:] if text != SQUARES]
+
+
+def test_the_data_set_in_ten_lines_trains(tmp_path, monkeypatch):
+    assert len(SQUARES.splitlines()) == 10
+    monkeypatch.setattr(data, "SOURCES", dict(data.SOURCES))
+    exec(SQUARES, dict(vars(data)))  # as if it stood at the end of the file
+    x, captions = next(data.batches(data.DataConfig("squares", size=32, num_images=1), 8, 0))
+    assert ((x == 1).sum((1, 3, 4)) == 8 * 8).all() and captions == [["a bouncing square"] * 2] * 8
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--dataset", "squares", "--out", str(tmp_path)])
+    train.main()
+    assert (tmp_path / "checkpoint_00000002.pt").exists()
+
+
+@pytest.mark.parametrize("excerpt", SHOWN, ids=[text.split()[0] for text in SHOWN])
 def test_what_the_guide_shows_of_the_code_is_the_code(excerpt):
     assert any(excerpt in path.read_text() for path in HERE.glob("*.py") if not path.name.startswith("test_"))
 

@@ -175,35 +175,8 @@ def test_a_bert_is_frozen_and_deterministic(bert):
     _, model = text._load_bert(bert)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     first = one("the red ball", bert_config(bert))
-    text._read.cache_clear()
+    text._bert.cache_clear()
     assert torch.equal(one("the red ball", bert_config(bert)), first)
-
-
-def test_captions_read_ahead_need_no_bert_and_are_the_same(bert, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config, captions = bert_config(bert, tokens=7), ["the red ball", "a blue ball at 8 fps", ""]
-    fresh = embed(captions, config)
-    text.read_ahead(captions[:1], config)
-    text.read_ahead(captions, config)  # adds what is missing
-    text._read.cache_clear()
-    monkeypatch.setattr(text, "_load_bert", lambda name: pytest.fail("the BERT was loaded"))
-    text.read_ahead(captions, config)
-    assert torch.equal(embed(captions, config), fresh)
-    assert [len(hidden) for hidden in text._kept(config).values()] == [5, 5]
-
-
-def test_kept_captions_that_are_damaged_or_of_another_bert_are_read_anew(bert, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = bert_config(bert, tokens=6)
-    text.read_ahead(["the red ball"], config)
-    text._file(config).write_bytes(b"half a file")
-    text._kept.cache_clear()
-    text.read_ahead(["the red ball"], config)
-    assert text._kept(config).keys() == {"the red ball"}
-    assert text._file(config) != text._file(bert_config(bert, tokens=5))
-    before = text._file(config)
-    os.utime(Path(bert, "config.json"), (0, 0))
-    assert text._file(config) != before
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 512])

@@ -736,7 +736,7 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "negative steps": (["--steps", "-3"], "--steps"),
     "no batch": (["--batch_size", "0"], "--batch_size"),
     "no number": (["--lr", "nan"], "--lr"),
-    "unknown data": (["--dataset", "imagenet"], "--dataset"),
+    "unknown data": (["--dataset", "imagenet"], "--dataset imagenet is not one of moving_mnist, "),
     "two channels": (["--channels", "2"], "channels is 2"),
     "training on test digits": (["--split", "test"], "--split"),
     "unknown device": (["--device", "gpu"], "--device gpu"),

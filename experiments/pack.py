@@ -26,7 +26,7 @@ def pack(folder: Path, out: Path, size: int, channels: int, fps: float) -> list[
     """Writes OUT/.../NAME.npy, (F, size, size, channels), for each clip of the folder, and its caption if it
     is not its folder's name. What is there already is kept. Returns what could not be read, one sentence each.
     """
-    found = dict(pair for split in ("train", "test") for pair in clips.find(str(folder), "", split))
+    found = dict(pair for split in ("train", "test") for pair in clips.list_videos(str(folder), "", split))
     if not found:
         raise ValueError(TFRECORDS if next(folder.rglob("*tfrecord*"), None) else f"no clip in {folder}")
     one = partial(_pack, folder, out, size, channels, fps)
