@@ -92,3 +92,11 @@ def _load_bert(name):
         if isinstance(error, ImportError):
             reason = f"{reason}; pip install transformers"
         raise ValueError(f"--encoder bert: {name} could not be loaded: {reason}") from None
+
+
+def condition(captions: list[list[str]], config: TextConfig, device: torch.device) -> Tensor | None:
+    """Embeddings (B, 1 + num_images, tokens, cond_dim) of nested captions; None without a condition."""
+    if not config.cond_dim:
+        return None
+    rows = [embed(clip, config) for clip in captions]
+    return torch.stack(rows).to(device)
