@@ -20,7 +20,7 @@ from autoencoder import Autoencoder, AutoencoderConfig, frozen, in_latents
 from data import DataConfig
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
 from guidance import classifier_free, clipped, reconstruction_guided, replacement
-from magicvideo import MagicVideo, MagicVideoConfig, between, build
+from magicvideo import MagicVideo, MagicVideoConfig, between, build_network
 from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
 from unet3d import UNet3D
@@ -146,7 +146,7 @@ def load_model(path: Path, device: torch.device) -> Model:
     try:
         data, unet, diffusion, text, latent = config.rebuild(settings, *PARTS)
         coder = frozen(latent, content["autoencoder"], device) if "autoencoder" in content else None
-        network = build(settings.get("arch", "unet3d"), in_latents(unet, latent) if coder else unet)
+        network = build_network(settings.get("arch", "unet3d"), in_latents(unet, latent) if coder else unet)
         network.load_state_dict(content["ema"])
         for mode in (sampling := content.get("sampling", {})).values():
             config.rebuild(mode, SampleConfig)  # each is a value that its flag would take

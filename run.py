@@ -181,7 +181,7 @@ def build(s: Settings, device: torch.device) -> State:
     """Network, averaged network and Adam, at step 0 or where --resume left them."""
     torch.manual_seed(s.train.seed)
     coder = s.train.arch == "autoencoder"
-    model = Autoencoder(s.autoencoder) if coder else magicvideo.build(s.train.arch, s.network)
+    model = Autoencoder(s.autoencoder) if coder else magicvideo.build_network(s.train.arch, s.network)
     if s.train.init and not s.train.resume:
         with weights("init", s) as content:
             model.load_state_dict(content["ema"])

@@ -14,7 +14,7 @@ import infill
 import sample
 import run
 import train
-from autoencoder import Autoencoder, AutoencoderConfig, in_latents, kl
+from autoencoder import Autoencoder, AutoencoderConfig, Pixels, in_latents, kl
 from data import DataConfig, batches
 from diffusion import DiffusionConfig, alpha_sigma
 from machine import Machine
@@ -141,6 +141,14 @@ def test_measured_latents_have_unit_variance_and_are_scaled_back():
     assert model.latents(x).std().item() == pytest.approx(1, abs=1e-4) and abs(model.scale - 1) > 1e-3
     unscaled = model.decode(model.encode(x)[0]).clamp(-1, 1)
     assert torch.allclose(model.video(model.latents(x)), unscaled, atol=1e-4)
+
+
+def test_the_coder_of_pixels_changes_nothing_and_stands_in_for_an_autoencoder():
+    coder, x = Pixels(), 2 * noise(1, 1, 3, 8, 8)
+    assert coder.latents(x) is x and coder.decoded(x) is x
+    assert torch.equal(coder.video(x), x.clamp(-1, 1))
+    assert coder.bounded and not Autoencoder(AutoencoderConfig(width=8)).bounded
+    assert all(hasattr(Autoencoder, name) for name in dir(coder))
 
 
 # ---- training it, and diffusing in its latents -------------------------------------------------------------

@@ -16,7 +16,7 @@ import train
 from diffusion import DiffusionConfig, denoiser, loss
 from experiments.features import load_features, observe
 from machine import Machine
-from magicvideo import MagicVideoConfig, build, ends, reveal
+from magicvideo import MagicVideoConfig, build_network, ends, reveal
 from magicvideo import between as between_keys
 from test_train import fitted
 from test_unet3d import changed, noise, small, wild
@@ -99,7 +99,7 @@ def test_the_denoiser_returns_the_given_ends_and_denoises_the_rest():
     model = lambda z, *_: seen.append(z) or z[:, :1] * 0.5  # noqa: E731
     x = denoiser(between_keys(model, keys, DiffusionConfig("v")), DiffusionConfig("v"))(z, logsnr)
     plain = denoiser(lambda z, *_: seen[0][:, :1] * 0.5, DiffusionConfig("v"))(z, logsnr)
-    known = ends(5)[:, 0, 0]
+    known = ends(z)[:, 0, 0]
     assert known.tolist() == [True, False, False, False, True]
     assert torch.allclose(x[:, :, known], keys[:, :, known], atol=1e-6)
     assert torch.equal(x[:, :, ~known], plain[:, :, ~known])
@@ -108,7 +108,7 @@ def test_the_denoiser_returns_the_given_ends_and_denoises_the_rest():
 
 @pytest.mark.parametrize("arch", ["unet3d", "magicvideo"])
 def test_every_frame_between_hears_of_both_ends(arch):
-    model = wild(build(arch, small(MagicVideoConfig, keys=True, frames=5)))
+    model = wild(build_network(arch, small(MagicVideoConfig, keys=True, frames=5)))
     z, x, logsnr = noise(1, 2, 5, 8, 8), noise(1, 2, 5, 8, 8, seed=2), torch.tensor(0.0)
     before = model(reveal(z, x), logsnr)
     assert before.shape == z.shape

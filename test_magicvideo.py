@@ -20,7 +20,7 @@ import train
 from data import DataConfig, batches
 from machine import Machine
 from magicvideo import (Adaptor, CrossAttention, DirectedMix, MagicBlock, MagicVideo, MagicVideoConfig,
-                        SpeedEmbedding, build)
+                        SpeedEmbedding, build_network)
 from test_unet3d import IMAGES, VIDEO, attend_by_loops, changed, close, inputs, noise, nothing, wild
 from text import TextConfig, embed
 from unet3d import Attention, SpatialMix, UNet3D, isolate
@@ -113,7 +113,7 @@ def masked_afterwards(q: Tensor, k: Tensor, v: Tensor, sees) -> Tensor:
 def test_directed_attention_is_the_sum_over_the_frames_until_then(mask, frames, num_images):
     video = frames - num_images
     q, k, v = (noise(2 * frames, 2, 2, 3, seed=s) for s in range(3))
-    out = DirectedMix(small(mask=mask))(q, k, v, isolate(frames, num_images, q.device))
+    out = DirectedMix(mask)(q, k, v, isolate(frames, num_images, q.device))
     for clip in range(2):
         for pixel in range(2):
             for head in range(2):
@@ -193,7 +193,7 @@ def test_magicvideo_is_the_unet_with_another_block_and_another_embedding():
     assert shapes[0] == shapes[1] and len(shapes[0]) > 50
     assert sum(isinstance(m, Attention) for m in vdm.modules()) == sum(isinstance(m, Attention)
                                                                       for m in magic.modules())
-    assert [type(build(arch, small())) for arch in ("unet3d", "magicvideo")] == [UNet3D, MagicVideo]
+    assert [type(build_network(arch, small())) for arch in ("unet3d", "magicvideo")] == [UNet3D, MagicVideo]
 
 
 def test_a_fresh_network_returns_zeros_and_a_fresh_block_changes_nothing():
@@ -459,5 +459,6 @@ def test_the_cost_of_either_network_is_counted(monkeypatch, capsys):
     for arch in ("unet3d", "magicvideo"):
         monkeypatch.setattr("sys.argv", ["train.py", *TINY, "--arch", arch, "--dry_run"])
         train.main()
-        counted.append(int(capsys.readouterr().out) - cost.count(build(arch, train.settings(TINY).unet)))
+        network = build_network(arch, train.settings(TINY).unet)
+        counted.append(int(capsys.readouterr().out) - cost.count(network))
     assert counted == [0, 0]
