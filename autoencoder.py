@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from magicvideo import DirectedMix, MagicVideoConfig
+from magicvideo import DirectedMix
 from unet3d import Attention, Norm, UNetConfig, isolate, zero
 
 
@@ -26,7 +26,7 @@ class AutoencoderConfig:
     video_decoder: bool = False  # autoencoder: directed attention over time in the decoder
 
     def __post_init__(self):
-        if self.factor & self.factor - 1:
+        if self.factor not in (2, 4, 8, 16):
             raise ValueError(f"--factor {self.factor} is not a power of two: 2, 4, 8 or 16")
 
 
@@ -34,8 +34,10 @@ class Residual(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, plus the input; ((b f), c, h, w)."""
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.Sequential(Norm(dim), nn.SiLU(), nn.Conv2d(dim, dim, 3, padding=1),
-                                 Norm(dim), nn.SiLU(), zero(nn.Conv2d(dim, dim, 3, padding=1)))
+        first = nn.Conv2d(dim, dim, 3, padding=1)
+        second = zero(nn.Conv2d(dim, dim, 3, padding=1))
+        self.net = nn.Sequential(Norm(dim), nn.SiLU(), first,
+                                 Norm(dim), nn.SiLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
@@ -47,47 +49,69 @@ class Autoencoder(nn.Module):
     A call is a training pass: (x, num_images) -> reconstruction, mean, logvar. scale is a part of the
     weights: 1 over the standard deviation of the means, once measure() has seen some clips.
     """
+    bounded = False  # see Pixels
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.config, dim, levels = config, config.width, range(int(math.log2(config.factor)))
-        down = [layer for _ in levels for layer in (Residual(dim), nn.Conv2d(dim, dim, 3, 2, 1))]
-        self.encoder = nn.Sequential(nn.Conv2d(config.channels, dim, 3, padding=1), *down, Residual(dim),
-                                     Norm(dim), nn.SiLU(), nn.Conv2d(dim, 2 * config.latent_channels, 1))
-        self.entry = nn.Sequential(nn.Conv2d(config.latent_channels, dim, 3, padding=1), Residual(dim))
-        heads = MagicVideoConfig(head_dim=max(8, dim // 4))
-        self.time = nn.ModuleList(Attention(dim, DirectedMix, heads) for _ in range(2 * config.video_decoder))
-        up = [layer for _ in levels
-              for layer in (nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim, 3, padding=1), Residual(dim))]
-        self.exit = nn.Sequential(*up, Norm(dim), nn.SiLU(), nn.Conv2d(dim, config.channels, 3, padding=1))
+        self.config = config
+        dim = config.width
+        levels = int(math.log2(config.factor))
+        down = []
+        for _ in range(levels):
+            down.append(Residual(dim))
+            down.append(nn.Conv2d(dim, dim, 3, stride=2, padding=1))
+        self.encoder = nn.Sequential(nn.Conv2d(config.channels, dim, 3, padding=1),
+                                     *down, Residual(dim), Norm(dim), nn.SiLU(),
+                                     nn.Conv2d(dim, 2 * config.latent_channels, 1))
+        self.entry = nn.Sequential(nn.Conv2d(config.latent_channels, dim, 3, padding=1),
+                                   Residual(dim))
+        self.time = nn.ModuleList()
+        if config.video_decoder:
+            for _ in range(2):
+                attention = Attention(dim, max(8, dim // 4), DirectedMix())
+                self.time.append(attention)
+        up = []
+        for _ in range(levels):
+            up.append(nn.Upsample(scale_factor=2))
+            up.append(nn.Conv2d(dim, dim, 3, padding=1))
+            up.append(Residual(dim))
+        self.exit = nn.Sequential(*up, Norm(dim), nn.SiLU(),
+                                  nn.Conv2d(dim, config.channels, 3, padding=1))
         self.register_buffer("scale", torch.ones(()))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, (B, latent_channels, F, h, w) each, of x (B, C, F, H, W)."""
-        out = self.encoder(rearrange(x, "b c f h w -> (b f) c h w")).float()
-        return rearrange(out, "(b f) c h w -> b c f h w", b=len(x)).chunk(2, dim=1)
+        frames = rearrange(x, "b c f h w -> (b f) c h w")
+        out = self.encoder(frames).float()
+        out = rearrange(out, "(b f) c h w -> b c f h w", b=len(x))
+        return out.chunk(2, dim=1)
 
     def decode(self, y: Tensor, num_images: int = 0) -> Tensor:
         """The video of the latents y, unscaled; attention over time leaves image frames to themselves."""
-        h, mask = rearrange(y, "b c f h w -> (b f) c h w"), isolate(y.shape[2], num_images, y.device)
-        h = self.entry(h)
+        mask = isolate(y.shape[2], num_images, y.device)
+        h = self.entry(rearrange(y, "b c f h w -> (b f) c h w"))
         for attention in self.time:
             h = attention(h, mask)
-        return rearrange(self.exit(h).float(), "(b f) c h w -> b c f h w", b=len(y))
+        x = self.exit(h).float()
+        return rearrange(x, "(b f) c h w -> b c f h w", b=len(y))
 
     def forward(self, x: Tensor, num_images: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = self.encode(x)
-        y = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        std = (logvar / 2).exp()
+        y = mean + std * torch.randn_like(mean)
         return self.decode(y, num_images), mean, logvar
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
         """Sets scale so that the latents of the clips x have unit variance."""
-        self.scale.copy_(1 / torch.cat([self.encode(clip)[0] for clip in x.split(1)]).std())
+        means = [self.encode(clip)[0] for clip in x.split(1)]
+        self.scale.copy_(1 / torch.cat(means).std())
 
     @torch.no_grad()
     def latents(self, x: Tensor) -> Tensor:
         """What is diffused: the scaled means of clean frames x (B, C, F, H, W)."""
-        return self.encode(x)[0] * self.scale
+        mean, _ = self.encode(x)
+        return mean * self.scale
 
     def decoded(self, z: Tensor) -> Tensor:
         """The video of the scaled latents z, not clipped: guidance differentiates it."""
@@ -99,11 +123,29 @@ class Autoencoder(nn.Module):
         return self.decoded(z).clamp(-1, 1)
 
 
+class Pixels:
+    """The coder of a network that diffuses pixels, with what Autoencoder has for latents; it changes nothing.
+
+    bounded: whether what is diffused lies in [-1, 1], so that x_hat is clipped. Latents have no bounds.
+    """
+    bounded = True
+
+    def latents(self, x: Tensor) -> Tensor:
+        return x
+
+    def decoded(self, z: Tensor) -> Tensor:
+        return z
+
+    def video(self, z: Tensor) -> Tensor:
+        return z.clamp(-1, 1)
+
+
 def in_latents(unet: UNetConfig, config: AutoencoderConfig) -> UNetConfig:
     """The architecture for frames as the autoencoder makes them. Raises ValueError if they do not divide."""
     if unet.size % config.factor:
         raise ValueError(f"--size {unet.size} is not divisible by --factor {config.factor}")
-    return replace(unet, channels=config.latent_channels, size=unet.size // config.factor)
+    size = unet.size // config.factor
+    return replace(unet, channels=config.latent_channels, size=size)
 
 
 def frozen(config: AutoencoderConfig, weights: dict[str, Tensor], device: torch.device) -> Autoencoder:
@@ -121,4 +163,5 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
 def loss(network: nn.Module, x: Tensor, config: AutoencoderConfig, num_images: int = 0) -> Tensor:
     """Mean squared error of the reconstruction plus kl_weight times the mean KL; a number."""
     reconstruction, mean, logvar = network(x, num_images)
-    return nnf.mse_loss(reconstruction, x) + config.kl_weight * kl(mean, logvar).mean()
+    error = nnf.mse_loss(reconstruction, x)
+    return error + config.kl_weight * kl(mean, logvar).mean()

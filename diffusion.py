@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (z, logsnr) -> x_hat, shaped like z
+Generators = torch.Generator | list[torch.Generator] | None  # of noise: one for all clips, or one for each
 
 
 @dataclass
@@ -30,24 +31,36 @@ def cosine_logsnr(t: Tensor, logsnr_min: float = -20.0, logsnr_max: float = 20.0
     """Cosine schedule lambda(t) = -2 log tan(at + b), t in [0, 1] (section 2; Progressive Distillation)."""
     b = math.atan(math.exp(-logsnr_max / 2))
     a = math.atan(math.exp(-logsnr_min / 2)) - b
-    return (-2 * torch.tan(a * t.double() + b).log()).to(t.dtype)  # float32 loses tan's digits near pi/2
+    angle = a * t.double() + b  # float32 loses tan's digits near pi/2
+    logsnr = -2 * angle.tan().log()
+    return logsnr.to(t.dtype)
 
 
 def schedule(t: Tensor, config: DiffusionConfig) -> Tensor:
     """The log-SNR at time t in [0, 1], shaped like t: cosine, moved towards noise by config.noise_shift."""
     # Paper: no shift. F nearly equal frames average the noise away, so small clips profit from more of it.
-    return cosine_logsnr(t, config.logsnr_min, config.logsnr_max) - 2 * math.log(config.noise_shift)
+    logsnr = cosine_logsnr(t, config.logsnr_min, config.logsnr_max)
+    return logsnr - 2 * math.log(config.noise_shift)
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma, variance preserving: alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)."""
-    return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()  # never sqrt(1 - alpha^2): it cancels
+    alpha = logsnr.sigmoid().sqrt()
+    sigma = (-logsnr).sigmoid().sqrt()  # never sqrt(1 - alpha^2): it cancels
+    return alpha, sigma
 
 
-def noise_like(z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise shaped like z; a generator on the CPU gives the same noise on every device."""
+def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
+    """Standard normal noise shaped like z; a generator on the CPU gives the same noise on every device.
+
+    A list holds a generator for each clip of z (else ValueError): its noise does not depend on the others.
+    """
+    if isinstance(generator, list):
+        clips = zip(z, generator, strict=True)
+        return torch.stack([noise_like(clip, own) for clip, own in clips])
     device = generator.device if generator else z.device
-    return torch.randn(z.shape, dtype=z.dtype, device=device, generator=generator).to(z.device)
+    noise = torch.randn(z.shape, dtype=z.dtype, device=device, generator=generator)
+    return noise.to(z.device)
 
 
 def diffuse(x: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
@@ -86,45 +99,59 @@ def reverse(z_t: Tensor, x: Tensor, logsnr_t: Tensor, logsnr_s: Tensor,
 
     gamma in [0, 1] is the exponent that interpolates between the small variance (0) and the large one (1).
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+    alpha_t, sigma_t = alpha_sigma(logsnr_t)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s)
     ratio = torch.exp(logsnr_t - logsnr_s)
     fresh = -torch.expm1(logsnr_t - logsnr_s)  # 1 - e^(lambda_t - lambda_s), exact for close levels
     mean = ratio * (alpha_s / alpha_t) * z_t + fresh * alpha_s * x  # Eq. 3
-    small, large = fresh * sigma_s**2, fresh * sigma_t**2
-    return mean, (small ** (1 - gamma) * large**gamma).sqrt()  # Eq. 4
+    small = fresh * sigma_s**2
+    large = fresh * sigma_t**2
+    std = (small ** (1 - gamma) * large**gamma).sqrt()  # Eq. 4
+    return mean, std
 
 
-def loss(model: Callable, x: Tensor, config: DiffusionConfig, cond: Tensor | None = None, num_images: int = 0,
-         generator: torch.Generator | None = None) -> Tensor:
+def loss(model: Callable, x: Tensor, config: DiffusionConfig, cond: Tensor | None = None,
+         num_images: int = 0, generator: torch.Generator | None = None) -> Tensor:
     """The loss of each clip (B,): mean squared error on eps or v at a random time (Eq. 2 with its weights).
 
     x: (B, C, F + num_images, H, W); cond: token embeddings as UNet3D takes them, or None for c = 0.
     """
-    t = times(x.shape[0], x.shape[2], config, generator)
-    logsnr = schedule(t, config)[:, None, :, None, None].to(x.device)
+    t = times(len(x), x.shape[2], config, generator)
+    logsnr = schedule(t, config).to(x.device)
+    logsnr = logsnr[:, None, :, None, None]
     eps = noise_like(x, generator)
-    output = model(diffuse(x, logsnr, eps), logsnr, cond, num_images)
-    return (output - target(x, logsnr, eps, config)).square().flatten(1).mean(1)  # Eq. 2
+    z = diffuse(x, logsnr, eps)
+    output = model(z, logsnr, cond, num_images)
+    error = output - target(x, logsnr, eps, config)
+    return error.square().flatten(1).mean(1)  # Eq. 2
 
 
 def times(batch: int, frames: int, config: DiffusionConfig,
-          generator: torch.Generator | None = None) -> Tensor:
+          generator: torch.Generator | None) -> Tensor:
     """Random times in [0, 1], (B, 1) for each clip, or (B, frames) for each frame with frame_noise."""
     # Paper: t ~ U[0, 1] for each clip. One draw from each of B equal strata has the same mean, less variance.
-    t = (torch.arange(batch) + torch.rand(batch, generator=generator))[:, None] / batch
+    strata = torch.arange(batch) + torch.rand(batch, generator=generator)
+    t = strata[:, None] / batch
     if not config.frame_noise:
         return t
     # Paper: no such clips. Frames that are less noisy teach the network to look at other frames.
     own = torch.rand(batch, 1, generator=generator) < config.frame_noise
-    return (t + own * torch.rand(batch, frames, generator=generator)) % 1  # on a circle: uniform still
+    shift = own * torch.rand(batch, frames, generator=generator)
+    return (t + shift) % 1  # on a circle: uniform still
 
 
 def target(x: Tensor, logsnr: Tensor, eps: Tensor, config: DiffusionConfig) -> Tensor:
     """What a perfect network would say, shaped like x: eps or v, as config.prediction has it."""
-    return eps if config.prediction == "eps" else v_from_x(x, logsnr, eps)
+    if config.prediction == "eps":
+        return eps
+    return v_from_x(x, logsnr, eps)
 
 
 def denoiser(model: Callable, config: DiffusionConfig, cond: Tensor | None = None) -> Denoiser:
     """The denoiser x_hat(z, logsnr) of a network: binds the condition and undoes the prediction type."""
-    undo = {"eps": x_from_eps, "v": x_from_v}[config.prediction]
-    return lambda z, logsnr: undo(z, logsnr, model(z, logsnr, cond))
+    def denoise(z, logsnr):
+        output = model(z, logsnr, cond)
+        if config.prediction == "eps":
+            return x_from_eps(z, logsnr, output)
+        return x_from_v(z, logsnr, output)
+    return denoise

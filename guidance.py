@@ -7,15 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion import Denoiser, alpha_sigma, diffuse, noise_like
+from diffusion import Denoiser, Generators, alpha_sigma, diffuse, noise_like
 
 
 def classifier_free(conditional: Denoiser, unconditional: Denoiser, w: float) -> Denoiser:
     """Classifier-free guidance, weight w >= 0; 0 is the conditional denoiser (Eq. 6; Table 5 lists 1 + w)."""
     if w == 0:
         return conditional
-    # Eq. 6 mixes eps; x_hat is affine in eps and the weights sum to 1, so mixing x_hat is the same
-    return lambda z, logsnr: (1 + w) * conditional(z, logsnr) - w * unconditional(z, logsnr)  # Eq. 6
+
+    def guided(z, logsnr):
+        # Eq. 6 mixes eps; x_hat is affine in eps and the weights sum to 1, so mixing x_hat is the same
+        return (1 + w) * conditional(z, logsnr) - w * unconditional(z, logsnr)  # Eq. 6
+    return guided
 
 
 def reconstruction_guided(denoise: Denoiser, x_a: Tensor, observe: Callable[[Tensor], Tensor],
@@ -27,23 +30,27 @@ def reconstruction_guided(denoise: Denoiser, x_a: Tensor, observe: Callable[[Ten
     Paper: power 1, which takes sigma^2 / alpha^2 as the variance of x_a given z. That grows without bound
     at high noise, where the place is decided. Power -1 takes sigma^2, exact for white data of variance 1.
     """
-    def guided(z: Tensor, logsnr: Tensor) -> Tensor:
+    def guided(z, logsnr):
         alpha, _ = alpha_sigma(logsnr)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             x_hat = denoise(z, logsnr)
-            error = (x_a - observe(x_hat)).square().sum()  # a mean would weaken with batch and resolution
+            residual = x_a - observe(x_hat)
+            error = residual.square().sum()  # a mean would weaken with batch and resolution
         grad, = torch.autograd.grad(error, z)
         return x_hat.detach() - w_r * alpha**power / 2 * grad  # Eqs. 7 and 8
     return guided
 
 
-def replacement(x_a: Tensor, known: Tensor, generator: torch.Generator | None = None) -> Callable:
+def replacement(x_a: Tensor, known: Tensor, generator: Generators = None) -> Callable:
     """The constraint of the replacement method: where known, z^a is drawn anew from q(z^a | x^a) (3.1).
 
     x_a: (B, C, F, H, W), read only where known, a bool mask that broadcasts against it, is True.
     """
-    return lambda z, logsnr: torch.where(known, diffuse(x_a, logsnr, noise_like(z, generator)), z)
+    def constrain(z, logsnr):
+        z_a = diffuse(x_a, logsnr, noise_like(z, generator))
+        return torch.where(known, z_a, z)
+    return constrain
 
 
 def clipped(denoise: Denoiser) -> Denoiser:

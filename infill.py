@@ -19,7 +19,7 @@ import config
 from autoencoder import Autoencoder, AutoencoderConfig, Pixels, frozen, in_latents
 from data import DataConfig
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
-from guidance import classifier_free, reconstruction_guided, replacement
+from guidance import classifier_free, clipped, reconstruction_guided, replacement
 from magicvideo import MagicVideoConfig, between, build_network
 from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
@@ -291,7 +291,9 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
     dtype = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
     times = torch.linspace(1, 0, s.steps + 1, dtype=dtype)
     logsnrs = schedule(times, model.diffusion).to(model.device)
-    z, denoise = noise_like(given.x, noise), model.coder.bound(denoise)
+    z = noise_like(given.x, noise)
+    if model.coder.bounded:
+        denoise = clipped(denoise)
     if s.sampler == "ddim":
         return ddim(denoise, z, logsnrs, constrain)
     if s.sampler == "dpm_solver":

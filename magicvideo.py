@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from diffusion import DiffusionConfig, eps_from_x, target
@@ -41,27 +41,33 @@ class Adaptor(nn.Module):
         self.shift = nn.Parameter(torch.zeros(config.frames, dim))
 
     def forward(self, x: Tensor, frames: int, num_images: int) -> Tensor:
-        rows = [nnf.pad(table[:frames - num_images], (0, 0, 0, num_images), value=image)  # f c
-                for table, image in ((self.scale, 1.0), (self.shift, 0.0))]
-        scale, shift = (row.repeat(len(x) // frames, 1)[..., None, None].to(x.dtype) for row in rows)
-        return scale * x + shift
+        def rows(table, image):
+            video = table[:frames - num_images]
+            table = nnf.pad(video, (0, 0, 0, num_images), value=image)
+            return repeat(table, "f c -> (b f) c 1 1", b=len(x) // frames).to(x.dtype)
+        return rows(self.scale, 1.0) * x + rows(self.shift, 0.0)
 
 
 class DirectedMix(nn.Module):
     """Attention over frames at each pixel, M * softmax(q k / sqrt(d)): frame p sees frames q <= p alone.
 
-    q, k, v: ((b f), pixels, heads, d). With config.mask "before" M also acts inside the softmax; with "after"
-    it does not, so that rows do not sum to 1 and later frames, though never seen, share the normalisation.
+    q, k, v: ((b f), pixels, heads, d). With order "before" M also acts inside the softmax; with "after" it
+    does not, so that rows do not sum to 1 and later frames, though never seen, share the normalisation.
     """
-    def __init__(self, config: MagicVideoConfig):
+    def __init__(self, order: Literal["before", "after"] = "before"):
         super().__init__()
-        self.before = config.mask == "before"
+        self.order = order
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        f, heads, seen = mask.shape[0], q.shape[2], mask.tril()  # an image frame: itself, in both cases
+        f = len(mask)
+        heads = q.shape[2]
         q, k, v = (rearrange(y, "(b f) n heads d -> b f (n heads) d", f=f) for y in (q, k, v))
-        scores = torch.einsum("b i n d, b j n d -> b n i j", q, k).float() / q.shape[-1] ** 0.5
-        p = scores.masked_fill(~(seen if self.before else mask), -torch.inf).softmax(-1) * seen
+        scores = torch.einsum("b i n d, b j n d -> b n i j", q, k)
+        scores = scores.float() / q.shape[-1] ** 0.5
+        seen = mask.tril()  # an image frame: itself, in both cases
+        if self.order == "before":
+            mask = seen
+        p = scores.masked_fill(~mask, -torch.inf).softmax(-1) * seen
         out = torch.einsum("b n i j, b j n d -> b i n d", p.to(v.dtype), v)
         return rearrange(out, "b f (n heads) d -> (b f) n heads d", heads=heads)
 
@@ -75,18 +81,23 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = max(1, dim // config.head_dim)
         inner = self.heads * config.head_dim
-        self.norm, self.q = Norm(dim), nn.Conv2d(dim, inner, 1, bias=False)
-        self.k, self.v = (nn.Linear(config.cond_dim, inner, bias=False) for _ in range(2))
+        self.norm = Norm(dim)
+        self.q = nn.Conv2d(dim, inner, 1, bias=False)
+        self.k = nn.Linear(config.cond_dim, inner, bias=False)
+        self.v = nn.Linear(config.cond_dim, inner, bias=False)
         self.out = zero(nn.Conv2d(inner, dim, 1, bias=False))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        q = rearrange(self.q(self.norm(x)), "bf (heads d) h w -> bf heads (h w) d", heads=self.heads)
-        k, v = (rearrange(y, "bf l (heads d) -> bf heads l d", heads=self.heads)
-                for y in (self.k(tokens), self.v(tokens)))
+        q = self.q(self.norm(x))
+        q = rearrange(q, "bf (heads d) h w -> bf heads (h w) d", heads=self.heads)
+        k = rearrange(self.k(tokens), "bf l (heads d) -> bf heads l d", heads=self.heads)
+        v = rearrange(self.v(tokens), "bf l (heads d) -> bf heads l d", heads=self.heads)
         scores = (q @ k.mT).float() / q.shape[-1] ** 0.5
-        padding = (tokens == 0).all(-1)[:, None, None]
-        p = scores.masked_fill(padding, -1e4).softmax(-1).to(v.dtype)  # finite: c = 0 is all padding
-        return self.out(rearrange(p @ v, "bf heads (h w) d -> bf (heads d) h w", h=x.shape[2]))
+        padding = (tokens == 0).all(-1)
+        scores = scores.masked_fill(padding[:, None, None], -1e4)  # finite: c = 0 is all padding
+        p = scores.softmax(-1).to(v.dtype)
+        out = rearrange(p @ v, "bf heads (h w) d -> bf (heads d) h w", h=x.shape[2])
+        return self.out(out)
 
 
 class MagicBlock(Block):
@@ -94,17 +105,23 @@ class MagicBlock(Block):
     def __init__(self, dim_in: int, dim: int, attend: bool, config: MagicVideoConfig):
         super().__init__(dim_in, dim, False, config)  # not its attention, one after the other
         self.attend = attend
-        self.adaptors = nn.ModuleList(Adaptor(dim, config) for _ in range(3 if attend else 2))
+        self.adaptors = nn.ModuleList([Adaptor(dim, config), Adaptor(dim, config)])
         if attend:
-            self.space, self.time = Attention(dim, SpatialMix, config), Attention(dim, DirectedMix, config)
-            self.cross = CrossAttention(dim, config) if config.cond_dim else None
+            self.adaptors.append(Adaptor(dim, config))
+            self.space = Attention(dim, config.head_dim, SpatialMix())
+            self.time = Attention(dim, config.head_dim, DirectedMix(config.mask))
+            if config.cond_dim:
+                self.cross = CrossAttention(dim, config)
 
-    def run(self, x: Tensor, emb: Tensor, mask: Tensor, tokens: Tensor | None, num_images: int) -> Tensor:
-        adapt = [functools.partial(a, frames=len(mask), num_images=num_images) for a in self.adaptors]
-        x = self.res(x, emb, adapt[:2])
+    def run(self, x: Tensor, emb: Tensor, mask: Tensor, tokens: Tensor | None,
+            num_images: int) -> Tensor:
+        adapt = [functools.partial(adaptor, frames=len(mask), num_images=num_images)
+                 for adaptor in self.adaptors]
+        x = self.res(x, emb, adapt[0], adapt[1])
         if not self.attend:
             return x
-        spatial = adapt[2](self.space.branch(x, mask))
+        spatial = self.space.branch(x, mask)
+        spatial = adapt[2](spatial)
         if tokens is not None:
             spatial = spatial + self.cross(x + spatial, tokens)
         return x + spatial + self.time.branch(x, mask)
@@ -118,12 +135,14 @@ class SpeedEmbedding(Embedding):
     def __init__(self, config: UNetConfig):
         super().__init__(dataclasses.replace(config, cond_dim=0))  # without the layers of the pooling
         if config.cond_dim:
-            self.speed = nn.Sequential(nn.Linear(config.cond_dim, config.emb_dim), nn.SiLU(),
-                                       nn.Linear(config.emb_dim, config.emb_dim))
+            first = nn.Linear(config.cond_dim, config.emb_dim)
+            second = nn.Linear(config.emb_dim, config.emb_dim)
+            self.speed = nn.Sequential(first, nn.SiLU(), second)
 
     def pool(self, tokens: Tensor) -> Tensor:
         speed = tokens[:, :, -1]  # b k cond_dim
-        return self.speed(speed) * (speed != 0).any(-1, keepdim=True)
+        said = (speed != 0).any(-1, keepdim=True)
+        return self.speed(speed) * said
 
 
 class MagicVideo(UNet3D):
@@ -135,25 +154,28 @@ class MagicVideo(UNet3D):
     def __init__(self, config: MagicVideoConfig):
         super().__init__(config, MagicBlock, SpeedEmbedding)
 
-    def context(self, z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> tuple:
+    def context(self, z: Tensor, logsnr: Tensor, tokens: Tensor | None, num_images: int) -> tuple:
         """UNet3D's, then each frame's caption ((b f), l - 1, cond_dim) and the number of image frames."""
-        frames, known = z.shape[2], self.config.frames
-        if frames - num_images > known:
-            raise ValueError(f"a clip of {frames - num_images} frames was given, the adaptors know {known}")
-        tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
+        frames = z.shape[2]
+        video, known = frames - num_images, self.config.frames
+        if video > known:
+            raise ValueError(f"a clip of {video} frames was given, the adaptors know {known}")
+        emb, mask = super().context(z, logsnr, tokens, num_images)
         if tokens is not None:
-            tokens = per_frame(tokens[:, :, :-1], frames).flatten(0, 1)
-        return *super().context(z, logsnr, cond, num_images), tokens, num_images
+            captions = tokens[:, :, :-1]
+            tokens = per_frame(captions, frames).flatten(0, 1)
+        return emb, mask, tokens, num_images
 
 
 # ---- key frames, and the frames between them -------------------------------------------------------------
 
 
-def build(arch: str, config: MagicVideoConfig) -> UNet3D:
+def build_network(arch: str, config: MagicVideoConfig) -> UNet3D:
     """The network of --arch; with config.keys its entry takes the three times as many channels of reveal."""
     network = {"unet3d": UNet3D, "magicvideo": MagicVideo}[arch](config)
     if config.keys:
-        network.entry = nn.Conv2d(3 * network.entry.in_channels, network.entry.out_channels, 3, padding=1)
+        entry = network.entry
+        network.entry = nn.Conv2d(3 * entry.in_channels, entry.out_channels, 3, padding=1)
     return network
 
 
@@ -162,24 +184,31 @@ def between(network: Callable, keys: Tensor, config: DiffusionConfig) -> Callabl
 
     What it says of these two is exact, so that they have no loss and a sampler leaves them as they are.
     """
-    def shown(z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
-        known = ends(z.shape[2], num_images).to(z.device)
-        exact = target(keys, logsnr, eps_from_x(z, logsnr, keys), config)
-        return torch.where(known, exact, network(reveal(z, keys, num_images), logsnr, cond, num_images))
+    def shown(z, logsnr, cond=None, num_images=0):
+        output = network(reveal(z, keys, num_images), logsnr, cond, num_images)
+        eps = eps_from_x(z, logsnr, keys)
+        exact = target(keys, logsnr, eps, config)
+        return torch.where(ends(z, num_images), exact, output)
     return shown
 
 
-def ends(frames: int, num_images: int = 0) -> Tensor:
-    """Which frames are a clip's first and last, (frames, 1, 1); its image frames come after these."""
-    frame = torch.arange(frames)[:, None, None]
-    return (frame == 0) | (frame == frames - num_images - 1)
+def ends(z: Tensor, num_images: int = 0) -> Tensor:
+    """Which frames of z are a clip's first and last, (F, 1, 1); its image frames come after these."""
+    frames = z.shape[2]
+    frame = torch.arange(frames, device=z.device)
+    known = (frame == 0) | (frame == frames - num_images - 1)
+    return known[:, None, None]
 
 
 def reveal(z: Tensor, x: Tensor, num_images: int = 0) -> Tensor:
     """What the network sees, (B, 3 C, F, H, W): z, its first and last frame clean, and in further channels of
     every frame but the images these two frames of x, since a directed network sees no later one.
     """
-    last = z.shape[2] - num_images - 1
-    keys = torch.cat([x[:, :, :1], x[:, :, last : last + 1]], 1).expand(-1, -1, last + 1, -1, -1)
+    video = z.shape[2] - num_images
+    seen = torch.where(ends(z, num_images), x, z)
+    first = x[:, :, 0]
+    last = x[:, :, video - 1]
+    keys = torch.cat([first, last], 1)
+    keys = repeat(keys, "b c h w -> b c f h w", f=video)
     keys = nnf.pad(keys, (0, 0, 0, 0, 0, num_images))
-    return torch.cat([torch.where(ends(z.shape[2], num_images).to(z.device), x, z), keys], 1)
+    return torch.cat([seen, keys], 1)

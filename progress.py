@@ -85,4 +85,10 @@ def drawn(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Te
     denoise = denoiser(network, s.diffusion, condition(captions, s.text, x.device))
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed))  # always the same
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(x.device)
-    return dpm_solver(state.coder.bound(denoise), z, logsnrs)
+
+    def bounded(z: Tensor, logsnr: Tensor) -> Tensor:
+        x_hat = denoise(z, logsnr)
+        if state.coder.bounded:
+            x_hat = x_hat.clamp(-1, 1)
+        return x_hat
+    return dpm_solver(bounded, z, logsnrs)

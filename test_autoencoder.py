@@ -14,7 +14,7 @@ import infill
 import sample
 import run
 import train
-from autoencoder import Autoencoder, AutoencoderConfig, in_latents, kl
+from autoencoder import Autoencoder, AutoencoderConfig, Pixels, in_latents, kl
 from data import DataConfig, batches
 from diffusion import DiffusionConfig, alpha_sigma
 from machine import Machine
@@ -143,12 +143,20 @@ def test_measured_latents_have_unit_variance_and_are_scaled_back():
     assert torch.allclose(model.video(model.latents(x)), unscaled, atol=1e-4)
 
 
+def test_the_coder_of_pixels_changes_nothing_and_stands_in_for_an_autoencoder():
+    coder, x = Pixels(), 2 * noise(1, 1, 3, 8, 8)
+    assert coder.latents(x) is x and coder.decoded(x) is x
+    assert torch.equal(coder.video(x), x.clamp(-1, 1))
+    assert coder.bounded and not Autoencoder(AutoencoderConfig(width=8)).bounded
+    assert all(hasattr(Autoencoder, name) for name in dir(coder))
+
+
 # ---- training it, and diffusing in its latents -------------------------------------------------------------
 
 
 def test_an_autoencoder_trains_like_a_network_and_shows_reconstructions(coder):
     content = checkpoint.load(checkpoint.newest(coder))
-    start = train.build(train.settings(CODER), CPU.device).model.state_dict()
+    start = new_state(read_settings(CODER), CPU.device).model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], content["model"][name])}
     assert content["step"] == 2 and {"encoder", "exit"} <= {name.split(".")[0] for name in moved}
     assert (coder / "samples" / "step_00000002.png").exists()
@@ -175,8 +183,8 @@ def test_the_network_takes_channels_and_size_of_the_latents():
 
 
 def test_what_is_diffused_are_scaled_latents_of_clean_frames(coder, monkeypatch):
-    s, seen = train.settings([*LATENT, str(coder)]), []
-    built = train.build(s, CPU.device)
+    s, seen = read_settings([*LATENT, str(coder)]), []
+    built = new_state(s, CPU.device)
     x, _ = next(batches(s.data, 2, 0))
     monkeypatch.setattr(train, "loss", lambda network, z, *rest: seen.append(z) or z.mean(0) * 0)
     stream = train.clean(iter([(x, [["a"], ["b"]])]), built)

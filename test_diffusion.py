@@ -121,6 +121,18 @@ def test_noise_is_standard_normal_and_follows_its_generator_alone():
     assert first.mean().abs() < 0.04 and abs(first.var() - 1) < 0.06 and (first * second).mean().abs() < 0.04
 
 
+def test_with_a_generator_for_each_clip_its_noise_does_not_depend_on_the_other_clips():
+    like = torch.zeros(4, 1, 4, 2, 2, dtype=FLOAT)
+    noise = noise_like(like, [seeded(seed) for seed in range(4)])
+    assert noise.shape == like.shape and noise.dtype == FLOAT
+    for clip in range(4):
+        assert torch.equal(noise[clip:clip + 1], noise_like(like[:1], [seeded(clip)]))
+        assert torch.equal(noise[clip:clip + 1], noise_like(like[:1], seeded(clip)))
+    assert not torch.equal(noise[0], noise[1])
+    with pytest.raises(ValueError):
+        noise_like(like, [seeded(0)])
+
+
 # The reverse process
 
 @pytest.mark.parametrize("logsnr_t, logsnr_s", STEPS)

@@ -256,6 +256,14 @@ def test_replacement_follows_its_generator_and_broadcasts_its_mask():
     assert not torch.equal(by_frame, replacement(x_a, KNOWN, seeded(6))(z, level(0.0)))
 
 
+def test_replacement_draws_a_clip_from_its_own_generator():
+    x_a, z = DATA.samples(4, seed=2), white().samples(4)
+    four = replacement(x_a, KNOWN, [seeded(seed) for seed in range(4)])(z, level(0.0))
+    for clip in range(4):
+        one = slice(clip, clip + 1)
+        assert torch.equal(four[one], replacement(x_a[one], KNOWN, [seeded(clip)])(z[one], level(0.0)))
+
+
 def test_replacement_reads_x_a_only_where_known():
     x_a, z = DATA.samples(3).masked_fill(~KNOWN, float("nan")), white().samples(3)
     assert replacement(x_a, KNOWN)(z, level(0.0)).isfinite().all()

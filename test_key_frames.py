@@ -16,7 +16,7 @@ import train
 from diffusion import DiffusionConfig, denoiser, loss
 from experiments.features import load_features, observe
 from machine import Machine
-from magicvideo import MagicVideoConfig, build, ends, reveal
+from magicvideo import MagicVideoConfig, build_network, ends, reveal
 from magicvideo import between as between_keys
 from test_train import fitted
 from test_unet3d import changed, noise, small, wild
@@ -99,7 +99,7 @@ def test_the_denoiser_returns_the_given_ends_and_denoises_the_rest():
     model = lambda z, *_: seen.append(z) or z[:, :1] * 0.5  # noqa: E731
     x = denoiser(between_keys(model, keys, DiffusionConfig("v")), DiffusionConfig("v"))(z, logsnr)
     plain = denoiser(lambda z, *_: seen[0][:, :1] * 0.5, DiffusionConfig("v"))(z, logsnr)
-    known = ends(5)[:, 0, 0]
+    known = ends(z)[:, 0, 0]
     assert known.tolist() == [True, False, False, False, True]
     assert torch.allclose(x[:, :, known], keys[:, :, known], atol=1e-6)
     assert torch.equal(x[:, :, ~known], plain[:, :, ~known])
@@ -108,7 +108,7 @@ def test_the_denoiser_returns_the_given_ends_and_denoises_the_rest():
 
 @pytest.mark.parametrize("arch", ["unet3d", "magicvideo"])
 def test_every_frame_between_hears_of_both_ends(arch):
-    model = wild(build(arch, small(MagicVideoConfig, keys=True, frames=5)))
+    model = wild(build_network(arch, small(MagicVideoConfig, keys=True, frames=5)))
     z, x, logsnr = noise(1, 2, 5, 8, 8), noise(1, 2, 5, 8, 8, seed=2), torch.tensor(0.0)
     before = model(reveal(z, x), logsnr)
     assert before.shape == z.shape
@@ -195,9 +195,9 @@ def test_a_mistake_is_one_sentence(flags, parts, between, slow, several, tmp_pat
 
 
 def test_a_run_begins_with_the_averaged_weights_and_the_network_of_another(slow, tmp_path):
-    s = train.settings(["--init", str(slow), "--preset", "cpu", "--num_images", "3", "--device", "cpu"])
+    s = read_settings(["--init", str(slow), "--preset", "cpu", "--num_images", "3", "--device", "cpu"])
     old = checkpoint.load(checkpoint.newest(slow))
-    state = train.build(s, CPU.device)
+    state = new_state(s, CPU.device)
     assert (s.unet.dim, s.text.cond_dim, s.data.size, s.data.num_images) == (8, 8, 16, 3)
     assert s.data.frame_stride == (1,) and state.step == 0
     for weights in (state.model.state_dict(), state.ema.module.state_dict()):
@@ -213,7 +213,7 @@ def test_what_was_begun_with_is_not_needed_to_resume(slow, tmp_path):
 
 
 def test_the_network_of_an_interpolator_is_taken_over_too(between):
-    s = train.settings(["--init", str(between), "--preset", "cpu", "--device", "cpu"])
+    s = read_settings(["--init", str(between), "--preset", "cpu", "--device", "cpu"])
     assert s.unet.keys and s.train.arch == "unet3d" and dataclasses.asdict(s.unet)["frames"] == 4
 
 

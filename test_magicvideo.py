@@ -20,7 +20,7 @@ import train
 from data import DataConfig, batches
 from machine import Machine
 from magicvideo import (Adaptor, CrossAttention, DirectedMix, MagicBlock, MagicVideo, MagicVideoConfig,
-                        SpeedEmbedding, build)
+                        SpeedEmbedding, build_network)
 from test_unet3d import IMAGES, VIDEO, attend_by_loops, changed, close, inputs, noise, nothing, wild
 from text import TextConfig, embed
 from unet3d import Attention, SpatialMix, UNet3D, isolate
@@ -39,7 +39,7 @@ def network(**changes) -> MagicVideo:
 
 def fitted(flags: list, out: Path) -> dict:
     """The checkpoint of a run with these flags."""
-    s = train.settings([*TINY, *map(str, flags), "--out", str(out)])
+    s = read_settings([*TINY, *map(str, flags), "--out", str(out)])
     with train.prepare(s, CPU):
         train.fit(s, CPU)
     return checkpoint.load(checkpoint.newest(out))
@@ -113,7 +113,7 @@ def masked_afterwards(q: Tensor, k: Tensor, v: Tensor, sees) -> Tensor:
 def test_directed_attention_is_the_sum_over_the_frames_until_then(mask, frames, num_images):
     video = frames - num_images
     q, k, v = (noise(2 * frames, 2, 2, 3, seed=s) for s in range(3))
-    out = DirectedMix(small(mask=mask))(q, k, v, isolate(frames, num_images, q.device))
+    out = DirectedMix(mask)(q, k, v, isolate(frames, num_images, q.device))
     for clip in range(2):
         for pixel in range(2):
             for head in range(2):
@@ -193,7 +193,7 @@ def test_magicvideo_is_the_unet_with_another_block_and_another_embedding():
     assert shapes[0] == shapes[1] and len(shapes[0]) > 50
     assert sum(isinstance(m, Attention) for m in vdm.modules()) == sum(isinstance(m, Attention)
                                                                       for m in magic.modules())
-    assert [type(build(arch, small())) for arch in ("unet3d", "magicvideo")] == [UNet3D, MagicVideo]
+    assert [type(build_network(arch, small())) for arch in ("unet3d", "magicvideo")] == [UNet3D, MagicVideo]
 
 
 def test_a_fresh_network_returns_zeros_and_a_fresh_block_changes_nothing():
@@ -387,7 +387,7 @@ def test_a_run_trains_saves_and_is_drawn_from(run, tmp_path, monkeypatch):
 
 def test_a_run_of_two_steps_moves_weights_and_adaptors(run):
     content = checkpoint.load(checkpoint.newest(run))
-    start = train.build(train.settings([*TINY, "--frame_stride", "1,2"]), CPU.device).model.state_dict()
+    start = new_state(read_settings([*TINY, "--frame_stride", "1,2"]), CPU.device).model.state_dict()
     assert content["step"] == 2 and content["settings"]["arch"] == "magicvideo"
     assert any(not torch.equal(start[name], value) for name, value in content["model"].items())
     assert any("adaptors" in name and not torch.equal(start[name], content["model"][name]) for name in start)
@@ -444,7 +444,7 @@ def test_a_speed_without_a_caption_is_one_sentence(run, monkeypatch, capsys: Cap
 
 
 def test_a_checkpoint_from_before_the_setting_is_vdms(run, tmp_path):
-    s = train.settings([*TINY, "--arch", "unet3d"])
+    s = read_settings([*TINY, "--arch", "unet3d"])
     content = {"settings": s.flat(), "ema": UNet3D(s.unet).state_dict()}
     del content["settings"]["arch"], content["settings"]["mask"]
     checkpoint.save(tmp_path / "old.pt", content)
@@ -458,5 +458,6 @@ def test_the_cost_of_either_network_is_counted(monkeypatch, capsys):
     for arch in ("unet3d", "magicvideo"):
         monkeypatch.setattr("sys.argv", ["train.py", *TINY, "--arch", arch, "--dry_run"])
         train.main()
-        counted.append(int(capsys.readouterr().out) - cost.count(build(arch, train.settings(TINY).unet)))
+        network = build_network(arch, read_settings(TINY).unet)
+        counted.append(int(capsys.readouterr().out) - cost.count(network))
     assert counted == [0, 0]

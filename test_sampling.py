@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import cosine_logsnr
+from diffusion import cosine_logsnr, noise_like
 from guidance import classifier_free, reconstruction_guided, replacement
 from sampling import ddim, dpm_solver, langevin, sample
 from test_gaussian import FLOAT, Gaussian, autoregressive, law, level, signal_and_noise, white
@@ -200,6 +200,22 @@ def test_the_same_seed_draws_the_same_video(delta: float):
         sample(DATA.denoise, z, levels(5), 0.3, delta, generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.isclose(first, other).any()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("sampler", [ancestral(0.3, 0.0), ancestral(0.3, 0.1), *DETERMINISTIC])
+def test_a_clip_of_a_seed_is_the_same_whatever_the_number_of_clips(sampler: Callable):
+    x_a, known = DATA.samples(4), torch.arange(4).view(1, 1, 4, 1, 1) < 1
+
+    def clips(number: int) -> Tensor:
+        generators = [seeded(seed) for seed in range(number)]
+        noise = noise_like(x_a[:number], generators)
+        more = {} if sampler in DETERMINISTIC else {"generator": generators}
+        constrain = replacement(x_a[:number], known, generators)
+        return sampler(DATA.denoise, noise, levels(5), constrain=constrain, **more)
+    four = clips(4)
+    for number in (1, 2):
+        torch.testing.assert_close(clips(number), four[:number], rtol=1e-9, atol=1e-9)
+    assert not torch.isclose(four[0], four[1]).any()
 
 
 # Gradients

@@ -100,7 +100,7 @@ def test_temporal_attention_is_shaws_sum_over_the_frames_that_are_seen(trained, 
 
 def test_spatial_attention_is_the_sum_over_the_pixels_of_one_frame():
     q, k, v = (noise(3, 5, 2, 4, seed=s) for s in range(3))
-    out = SpatialMix(small())(q, k, v, isolate(3, 0, q.device))
+    out = SpatialMix()(q, k, v, isolate(3, 0, q.device))
     for frame in range(3):
         for head in range(2):
             one = (frame, slice(None), head)
@@ -111,7 +111,8 @@ def test_spatial_attention_is_the_sum_over_the_pixels_of_one_frame():
 @pytest.mark.parametrize("mix", [SpatialMix, TemporalMix])
 def test_an_attention_block_is_norm_heads_loop_projection_and_residual(mix):
     frames, d = 3, 4
-    layer = wild(Attention(8, mix, small(head_dim=d, frames=frames)))
+    mixes = {SpatialMix: SpatialMix(), TemporalMix: TemporalMix(small(head_dim=d, frames=frames))}
+    layer = wild(Attention(8, d, mixes[mix]))
     x = noise(2 * frames, 8, 2, 3)  # not square: rows and columns must not be confused
     h = layer.norm(x).flatten(2)
     q, k, v = (torch.einsum("o c, f c n -> f n o", conv.weight[:, :, 0, 0], h)
@@ -491,7 +492,8 @@ def test_a_size_that_the_levels_cannot_halve_is_one_sentence(changes):
 
 
 def test_attention_resolutions_that_no_level_has_are_one_sentence():
-    with pytest.raises(ValueError, match=r"^--attention_resolutions 7, 9 names none of the levels' heights, 8, 4$"):
+    with pytest.raises(ValueError, match=r"^--attention_resolutions \[7, 9\] names none of the levels' "
+                                         r"heights, \[8, 4\]$"):
         small(attention_resolutions=(7, 9), size=8, dim_mults=(1, 1)).heights()
 
 

@@ -6,8 +6,9 @@ frames, and its mask keeps the independent image frames of joint training (4.3.1
 the bottom up.
 """
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as nnf
@@ -38,14 +39,15 @@ class UNetConfig:
 
     def heights(self) -> list[int]:
         """The height of each level's feature map. Raises ValueError if size does not fit the levels."""
-        factor = self.patch * 2 ** (len(self.dim_mults) - 1)
+        levels = len(self.dim_mults)
+        factor = self.patch * 2 ** (levels - 1)
         if self.size % factor:
             raise ValueError(f"--size gives the network frames of {self.size} px, which are not divisible by "
                              f"{factor}, as --dim_mults and --patch need")
-        heights = [self.size // self.patch // 2**level for level in range(len(self.dim_mults))]
-        if self.attention_resolutions and not set(heights) & set(self.attention_resolutions):
-            given, there = str(self.attention_resolutions)[1:-1], str(heights)[1:-1]
-            raise ValueError(f"--attention_resolutions {given} names none of the levels' heights, {there}")
+        heights = [self.size // self.patch // 2**level for level in range(levels)]
+        given = list(self.attention_resolutions)
+        if given and not any(height in given for height in heights):
+            raise ValueError(f"--attention_resolutions {given} names none of the levels' heights, {heights}")
         return heights
 
 
@@ -53,7 +55,8 @@ class Norm(nn.GroupNorm):
     """GroupNorm of each frame alone, ((b f), c, h, w): statistics over frames would leak past the mask."""
     def __init__(self, dim: int):
         # 32 groups, but never of one channel: it would take the added embedding out again
-        super().__init__(max(1, math.gcd(dim, 64) // 2), dim)
+        groups = max(1, math.gcd(dim, 64) // 2)
+        super().__init__(groups, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)  # its sums need float32's digits, what follows does not
@@ -69,34 +72,35 @@ def zero(layer: nn.Module) -> nn.Module:
 class ResBlock(nn.Module):
     """Norm, SiLU, 1x3x3 conv, twice, plus a skip; the embedding enters each frame in between (section 3).
 
-    after: what to do with the result of each convolution; nothing here, see magicvideo.py.
+    after1, after2: what to do with the result of each convolution; nothing here, see magicvideo.py.
     """
     def __init__(self, dim_in: int, dim: int, config: UNetConfig):
         super().__init__()
         self.scale_shift = config.scale_shift
-        self.norm1, self.conv1 = Norm(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
+        self.norm1 = Norm(dim_in)
+        self.conv1 = nn.Conv2d(dim_in, dim, 3, padding=1)
         self.emb = nn.Linear(config.emb_dim, 2 * dim if config.scale_shift else dim)
-        self.norm2, self.conv2 = Norm(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
+        self.norm2 = Norm(dim)
+        self.conv2 = zero(nn.Conv2d(dim, dim, 3, padding=1))
         self.dropout = nn.Dropout(config.dropout)
         self.skip = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor,
-                after: Sequence[Callable] = (nn.Identity(), nn.Identity())) -> Tensor:
-        h = after[0](self.conv1(nnf.silu(self.norm1(x))))
+                after1: Callable = nn.Identity(), after2: Callable = nn.Identity()) -> Tensor:
+        h = self.conv1(nnf.silu(self.norm1(x)))
+        h = after1(h)
         e = rearrange(self.emb(emb), "b f c -> (b f) c 1 1")
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + e)
-        return self.skip(x) + after[1](self.conv2(self.dropout(nnf.silu(h))))
+        h = self.conv2(self.dropout(nnf.silu(h)))
+        return self.skip(x) + after2(h)
 
 
 class SpatialMix(nn.Module):
     """Softmax attention over the pixels of each frame; q, k, v: ((b f), pixels, heads, d)."""
-    def __init__(self, config: UNetConfig):
-        super().__init__()
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (rearrange(y, "bf n heads d -> bf heads n d") for y in (q, k, v))
         with torch.autocast("cpu", enabled=False):
@@ -115,38 +119,50 @@ class TemporalMix(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.reach = config.frames - 1  # no clipping inside the training length; further away it clips
-        tables = 0.02 * torch.randn(2, 2 * self.reach + 1, config.head_dim) * config.relative_positions
-        self.key_table, self.value_table = (nn.Parameter(table, config.relative_positions) for table in tables)
+        tables = 0.02 * torch.randn(2, 2 * self.reach + 1, config.head_dim)
+        self.key_table = nn.Parameter(tables[0])
+        self.value_table = nn.Parameter(tables[1])
+        if not config.relative_positions:
+            zero(self).requires_grad_(False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        f, heads = mask.shape[0], q.shape[2]
+        heads = q.shape[2]
+        f = len(mask)
         q, k, v = (rearrange(y, "(b f) n heads d -> b f (n heads) d", f=f) for y in (q, k, v))  # no copies
         frame = torch.arange(f, device=q.device)
-        offset = (frame - frame[:, None]).clamp(-self.reach, self.reach) + self.reach  # row j - i of a table
+        offset = (frame - frame[:, None]).clamp(-self.reach, self.reach)
+        row = offset + self.reach  # of a table, for j - i
         scores = torch.einsum("b i n d, b j n d -> b n i j", q, k)
-        scores = scores + torch.einsum("b i n d, i j d -> b n i j", q, self.key_table[offset].to(q.dtype))
-        scores = (scores.float() / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
+        a = self.key_table[row].to(q.dtype)
+        scores = scores + torch.einsum("b i n d, i j d -> b n i j", q, a)
+        scores = scores.float() / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(~mask, -torch.inf)
         p = scores.softmax(-1).to(v.dtype)
         out = torch.einsum("b n i j, b j n d -> b i n d", p, v)
-        out = out + torch.einsum("b n i j, i j d -> b i n d", p, self.value_table[offset].to(v.dtype))
+        a = self.value_table[row].to(v.dtype)
+        out = out + torch.einsum("b n i j, i j d -> b i n d", p, a)
         return rearrange(out, "b f (n heads) d -> (b f) n heads d", heads=heads)
 
 
 class Attention(nn.Module):
     """Norm, q/k/v, mixing over space or time, zero-initialised projection, residual; ((b f), c, h, w)."""
-    def __init__(self, dim: int, mix: type[nn.Module], config: UNetConfig):
+    def __init__(self, dim: int, head_dim: int, mix: nn.Module):
         super().__init__()
-        self.heads = max(1, dim // config.head_dim)
-        inner = self.heads * config.head_dim
-        self.norm, self.mix = Norm(dim), mix(config)
-        self.q, self.k, self.v = (nn.Conv2d(dim, inner, 1, bias=False) for _ in range(3))
+        self.heads = max(1, dim // head_dim)
+        inner = self.heads * head_dim
+        self.norm = Norm(dim)
+        self.mix = mix
+        self.q = nn.Conv2d(dim, inner, 1, bias=False)
+        self.k = nn.Conv2d(dim, inner, 1, bias=False)
+        self.v = nn.Conv2d(dim, inner, 1, bias=False)
         self.out = zero(nn.Conv2d(inner, dim, 1))
 
     def branch(self, x: Tensor, mask: Tensor) -> Tensor:
-        h, height = self.norm(x), x.shape[2]
+        h = self.norm(x)
         q, k, v = (rearrange(layer(h), "bf (heads d) h w -> bf (h w) heads d", heads=self.heads)
                    for layer in (self.q, self.k, self.v))
-        h = rearrange(self.mix(q, k, v, mask), "bf (h w) heads d -> bf (heads d) h w", h=height)
+        h = self.mix(q, k, v, mask)
+        h = rearrange(h, "bf (h w) heads d -> bf (heads d) h w", h=x.shape[2])
         return self.out(h)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -157,9 +173,12 @@ class Block(nn.Module):
     """A residual block and, where the level attends, spatial and then temporal attention (section 3)."""
     def __init__(self, dim_in: int, dim: int, attend: bool, config: UNetConfig):
         super().__init__()
-        self.res, self.checkpointing = ResBlock(dim_in, dim, config), config.checkpointing
-        self.attention = nn.ModuleList([Attention(dim, mix, config) for mix in (SpatialMix, TemporalMix)
-                                        if attend])
+        self.checkpointing = config.checkpointing
+        self.res = ResBlock(dim_in, dim, config)
+        self.attention = nn.ModuleList()
+        if attend:
+            self.attention.append(Attention(dim, config.head_dim, SpatialMix()))
+            self.attention.append(Attention(dim, config.head_dim, TemporalMix(config)))
 
     def run(self, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
         x = self.res(x, emb)
@@ -179,29 +198,39 @@ class Embedding(nn.Module):
     log-SNR is 0-d or (b, 1, 1 or frames, 1, 1), tokens are (b, k, l, cond_dim). Attention pooling of the
     tokens without any bias, so that c = 0 and no condition are the same thing.
     """
-    def __init__(self, config: UNetConfig, heads: int = 8):
+    def __init__(self, config: UNetConfig):
         super().__init__()
         self.emb_dim = config.emb_dim
+        heads = 8
         if config.cond_dim:  # no idle parameters without a condition: DistributedDataParallel refuses them
-            self.query = nn.Parameter(torch.randn(heads, config.cond_dim) * config.cond_dim**-0.5)
+            query = torch.randn(heads, config.cond_dim) * config.cond_dim**-0.5
+            self.query = nn.Parameter(query)
             self.value = nn.Linear(heads * config.cond_dim, config.emb_dim, bias=False)
-        layers = [nn.Linear(config.emb_dim, config.emb_dim) for _ in range(config.emb_layers)]
-        self.mlp = nn.Sequential(*(m for layer in layers for m in (layer, nn.SiLU())))[:-1]
+        layers = []
+        for _ in range(config.emb_layers):
+            layers.append(nn.Linear(config.emb_dim, config.emb_dim))
+            layers.append(nn.SiLU())
+        self.mlp = nn.Sequential(*layers[:-1])
 
     def pool(self, tokens: Tensor) -> Tensor:
         scores = torch.einsum("b k l d, n d -> b k n l", tokens, self.query)
         padding = (tokens == 0).all(-1)[:, :, None]
         p = scores.masked_fill(padding, -1e4).softmax(-1)  # finite: c = 0 is all padding
-        return self.value(torch.einsum("b k n l, b k l d -> b k n d", p, tokens).flatten(2))
+        pooled = torch.einsum("b k n l, b k l d -> b k n d", p, tokens)
+        return self.value(pooled.flatten(2))
 
     def forward(self, logsnr: Tensor, batch: int, tokens: Tensor | None) -> Tensor:
-        u = torch.atan(torch.exp(-logsnr.float() / 2)) / (math.pi / 2)  # in [0, 1]
-        u = u.flatten(1) if u.dim() else u.view(1, 1)  # b or 1, frames or 1
-        angles = 1000 * u[..., None] * torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
-        h = torch.cat([angles.sin(), angles.cos()], -1)[..., :self.emb_dim].expand(batch, -1, -1)
+        angle = torch.atan(torch.exp(-logsnr.float() / 2))
+        u = angle / (math.pi / 2)  # in [0, 1]
+        u = torch.atleast_2d(u).flatten(1)  # b or 1, frames or 1
+        frequencies = torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
+        angles = 1000 * u[..., None] * frequencies
+        waves = torch.cat([angles.sin(), angles.cos()], -1)
+        h = waves[..., :self.emb_dim].expand(batch, -1, -1)
         if tokens is not None:
             c = self.pool(tokens)
-            h = h + per_frame(c, max(h.shape[1], c.shape[1]))
+            frames = max(h.shape[1], c.shape[1])
+            h = h + per_frame(c, frames)
         return self.mlp(h)
 
 
@@ -213,7 +242,9 @@ def isolate(frames: int, num_images: int, device: torch.device) -> Tensor:
 
 def per_frame(y: Tensor, frames: int) -> Tensor:
     """(b, k, ...), one for the clip and then one for each image frame, as (b, frames, ...)."""
-    return torch.cat([y[:, :1].expand(-1, frames - y.shape[1] + 1, *y.shape[2:]), y[:, 1:]], 1)
+    images = y[:, 1:]
+    video = y[:, :1].repeat_interleave(frames - images.shape[1], 1)
+    return torch.cat([video, images], 1)
 
 
 class UNet3D(nn.Module):
@@ -228,43 +259,60 @@ class UNet3D(nn.Module):
                  embedding: type[nn.Module] = Embedding):
         super().__init__()
         self.config = config
+        channels = config.channels * config.patch**2
         dims = [config.dim * mult for mult in config.dim_mults]
         attends = [height in config.attention_resolutions for height in config.heights()]
         self.embedding = embedding(config)
-        self.entry = nn.Conv2d(config.channels * config.patch**2, dims[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            nn.ModuleList(block(before if i == 0 else dim, dim, attend, config) for i in range(config.blocks))
-            for before, dim, attend in zip(dims[:1] + dims, dims, attends))
-        self.middle = nn.ModuleList([block(dims[-1], dims[-1], True, config),
-                                     block(dims[-1], dims[-1], False, config)])
-        self.narrow = nn.ModuleList(nn.Conv2d(below, dim, 1) for below, dim in zip(dims[1:], dims))
-        self.up = nn.ModuleList(
-            nn.ModuleList(block(2 * dim, dim, attend, config) for _ in range(config.blocks))
-            for dim, attend in zip(dims, attends))
-        last = zero(nn.Conv2d(dims[0], config.channels * config.patch**2, 3, padding=1))
-        self.exit = nn.Sequential(Norm(dims[0]), nn.SiLU(), last)
+        self.entry = nn.Conv2d(channels, dims[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        width = dims[0]
+        for dim, attend in zip(dims, attends):
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks):
+                blocks.append(block(width, dim, attend, config))
+                width = dim
+            self.down.append(blocks)
+        self.middle = nn.ModuleList([block(width, width, True, config),
+                                     block(width, width, False, config)])
+        self.narrow = nn.ModuleList()
+        for dim, below in pairwise(dims):
+            self.narrow.append(nn.Conv2d(below, dim, 1))
+        self.up = nn.ModuleList()
+        for dim, attend in zip(dims, attends):
+            blocks = [block(2 * dim, dim, attend, config) for _ in range(config.blocks)]
+            self.up.append(nn.ModuleList(blocks))
+        last = nn.Conv2d(dims[0], channels, 3, padding=1)
+        self.exit = nn.Sequential(Norm(dims[0]), nn.SiLU(), zero(last))
 
-    def forward(self, z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
+    def forward(self, z: Tensor, logsnr: Tensor, cond: Tensor | None = None,
+                num_images: int = 0) -> Tensor:
         b, c, f, h, w = z.shape  # f counts the image frames too
-        p, inputs = self.config.patch, self.entry.in_channels
-        assert c * p**2 == inputs and num_images < f, (z.shape, inputs, num_images)
-        assert cond is None or cond.dim() == 3 or cond.shape[1] in (1, 1 + num_images), (
-            cond.shape, num_images)
+        p = self.config.patch
+        assert c * p**2 == self.entry.in_channels, (z.shape, self.entry)
+        assert num_images < f, (num_images, z.shape)
+        if cond is not None and cond.dim() == 3:
+            cond = cond[:, None]  # one caption for all frames
+        assert cond is None or cond.shape[1] in (1, 1 + num_images), (cond.shape, num_images)
         context = self.context(z, logsnr, cond, num_images)
         x = rearrange(z.float(), "b c f (h p) (w q) -> (b f) (c p q) h w", p=p, q=p)  # space-to-depth
-        x = self.u_net(x.contiguous(memory_format=torch.channels_last), *context)
-        return rearrange(x.float(), "(b f) (c p q) h w -> b c f (h p) (w q)", b=b, p=p, q=p).to(z.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.u_net(x, *context).float()
+        x = rearrange(x, "(b f) (c p q) h w -> b c f (h p) (w q)", b=b, p=p, q=p)
+        return x.to(z.dtype)
 
-    def context(self, z: Tensor, logsnr: Tensor, cond: Tensor | None, num_images: int) -> tuple:
+    def context(self, z: Tensor, logsnr: Tensor, tokens: Tensor | None, num_images: int) -> tuple:
         """What every block hears beside x: the embedding of each frame, and which frame may see which."""
-        tokens = cond[:, None] if cond is not None and cond.dim() == 3 else cond
+        frames = z.shape[2]
         emb = self.embedding(logsnr, len(z), tokens)  # b k emb_dim, k = 1, 1 + num_images or f
-        return nnf.silu(per_frame(emb, z.shape[2])), isolate(z.shape[2], num_images, z.device)
+        emb = nnf.silu(per_frame(emb, frames))
+        return emb, isolate(frames, num_images, z.device)
 
     def u_net(self, x: Tensor, *context) -> Tensor:
-        x, skips = self.entry(x), []  # (b f) dim h w
+        x = self.entry(x)  # (b f) dim h w
+        skips = []
         for level, blocks in enumerate(self.down):
-            x = nnf.avg_pool2d(x, 2) if level else x
+            if level > 0:
+                x = nnf.avg_pool2d(x, 2)
             for block in blocks:
                 x = block(x, *context)
                 skips.append(x)
@@ -272,6 +320,9 @@ class UNet3D(nn.Module):
             x = block(x, *context)
         for level in reversed(range(len(self.up))):
             for block in self.up[level]:
-                x = block(torch.cat([x, skips.pop()], 1), *context)
-            x = nnf.interpolate(self.narrow[level - 1](x), scale_factor=2.0, mode="nearest") if level else x
+                x = torch.cat([x, skips.pop()], 1)
+                x = block(x, *context)
+            if level > 0:
+                x = self.narrow[level - 1](x)
+                x = nnf.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.exit(x)

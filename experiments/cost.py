@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import DiffusionConfig, loss
-from magicvideo import MagicVideoConfig, between, build
+from magicvideo import MagicVideoConfig, between, build_network
 
 
 def step_cost(unet: MagicVideoConfig, diffusion: DiffusionConfig, num_images: int, tokens: int,
@@ -30,7 +30,7 @@ def flops(call: Callable[[], object]) -> int:
 def network(unet: MagicVideoConfig, arch: str) -> nn.Module:
     """The network without any memory."""
     with torch.device("meta"):
-        return build(arch, unet)
+        return build_network(arch, unet)
 
 
 def count(model: nn.Module) -> int:
