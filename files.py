@@ -184,15 +184,17 @@ def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
 ORANGE, GREY = (255, 140, 0), (64, 64, 64)  # the margin of a frame that was given, and of all others
 
 
-def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: float = 8) -> list[Path]:
+def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: float = 8,
+               columns: int = 0) -> list[Path]:
     """Write x (B, C, F, H, W) in [-1, 1] as a grid of clips, .gif and lossless .webp, and a film strip, .png.
 
     Frames marked in known, F booleans, get an orange margin. Returns the paths; such a suffix is cut off.
     """
     stem = re.sub(r"\.(gif|webp|png)$", "", str(path))
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    known = known.any(0) if known is not None and known.ndim > 1 else known
     cells = _cells(x, known)
-    columns = int(np.ceil(np.sqrt(len(cells))))
+    columns = columns or int(np.ceil(np.sqrt(len(cells))))
     blank = np.full_like(cells, GREY)[: -len(cells) % columns]
     grid = rearrange(np.concatenate([cells, blank]), "(r c) f h w d -> f (r h) (c w) d", c=columns)
     frames, strip = [Image.fromarray(frame) for frame in grid], rearrange(cells, "b f h w d -> (b h) (f w) d")

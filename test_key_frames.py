@@ -16,6 +16,8 @@ import train
 from diffusion import DiffusionConfig, denoiser, loss
 from experiments.features import load_features, observe
 from machine import Machine
+from settings import read_settings
+from state import new_state
 from magicvideo import MagicVideoConfig, build_network, ends, reveal
 from magicvideo import between as between_keys
 from test_train import fitted
@@ -56,7 +58,7 @@ def several(tmp_path_factory) -> Path:
 def program(monkeypatch: MonkeyPatch, *flags: object) -> list:
     """Videos and marks that python sample.py writes."""
     written = []
-    monkeypatch.setattr(sample, "save_video", lambda x, path, known: written.append((x, known)) or [])
+    monkeypatch.setattr(sample, "save_video", lambda x, path, known, *rest: written.append((x, known)) or [])
     always = "sample.py --device cpu --precision float32 --steps 2".split()
     monkeypatch.setattr(sys, "argv", [*always, *map(str, flags)])
     config.run(sample.main)

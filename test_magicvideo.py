@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import checkpoint
 import config
-import cost
 import infill
 import sample
 import test_unet3d
 import train
 from data import DataConfig, batches
 from machine import Machine
+from settings import read_settings
+from state import new_state
 from magicvideo import (Adaptor, CrossAttention, DirectedMix, MagicBlock, MagicVideo, MagicVideoConfig,
                         SpeedEmbedding, build_network)
 from test_unet3d import IMAGES, VIDEO, attend_by_loops, changed, close, inputs, noise, nothing, wild
@@ -393,10 +394,10 @@ def test_a_run_of_two_steps_moves_weights_and_adaptors(run):
     assert any("adaptors" in name and not torch.equal(start[name], content["model"][name]) for name in start)
 
 
-def test_a_speed_is_said_after_each_caption():
-    s = infill.SampleConfig(text="a 3|a 7", num=3)
-    assert infill.captions(s, 4) == ["a 3 at 4 fps", "a 7 at 4 fps", "a 3 at 4 fps"]
-    assert infill.captions(infill.SampleConfig(text="a 3", num=1)) == ["a 3"]
+def test_a_speed_is_said_after_each_caption(run):
+    model = infill.load_model(checkpoint.newest(run), CPU.device)
+    s = infill.SampleConfig(text="a 3|a 7", num=3, fps=4)
+    assert infill.captions(model, s, 3) == ["a 3 at 4 fps", "a 7 at 4 fps", "a 3 at 4 fps"]
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -435,29 +436,16 @@ def test_reconstruction_cannot_reach_frames_that_no_given_one_sees_and_says_so(r
     assert torch.equal(*drawn) and not torch.equal(drawn[0][:, :, -1], torch.zeros(1, 1, 16, 16))
 
 
+def test_a_directed_network_is_drawn_from_without_a_gradient_that_is_zero(run):
+    model = infill.load_model(checkpoint.newest(run), CPU.device)
+    assert sample.decide(model, {"mode": "predict"})["w_r"] == 0
+    assert "w_r" not in sample.decide(model, {"mode": "interpolate"})  # there later frames are given
+    assert "w_r" not in sample.decide(model, {"mode": "predict", "method": "replacement"})
+
+
 def test_a_speed_without_a_caption_is_one_sentence(run, monkeypatch, capsys: CaptureFixture):
     monkeypatch.setattr("sys.argv", ["sample.py", "--checkpoint", str(run), "--fps", "4", "--device", "cpu"])
     with pytest.raises(SystemExit) as stop:
         config.run(sample.main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "--fps" in err and "--text" in err
-
-
-def test_a_checkpoint_from_before_the_setting_is_vdms(run, tmp_path):
-    s = read_settings([*TINY, "--arch", "unet3d"])
-    content = {"settings": s.flat(), "ema": UNet3D(s.unet).state_dict()}
-    del content["settings"]["arch"], content["settings"]["mask"]
-    checkpoint.save(tmp_path / "old.pt", content)
-    model = infill.load_model(tmp_path / "old.pt", CPU.device)
-    assert type(model.network) is UNet3D
-
-
-def test_the_cost_of_either_network_is_counted(monkeypatch, capsys):
-    monkeypatch.setattr(cost, "table_row", lambda name, parameters, *rest: parameters)
-    counted = []
-    for arch in ("unet3d", "magicvideo"):
-        monkeypatch.setattr("sys.argv", ["train.py", *TINY, "--arch", arch, "--dry_run"])
-        train.main()
-        network = build_network(arch, read_settings(TINY).unet)
-        counted.append(int(capsys.readouterr().out) - cost.count(network))
-    assert counted == [0, 0]
