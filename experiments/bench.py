@@ -164,7 +164,7 @@ def data_table(c: BenchConfig, machine: Machine) -> None:
                 next(stream)
 
         seconds = take_turns({"read": read}, c.rounds)["read"]
-        print(f"| {workers} | {shown(20 * c.batch_size, seconds)} |", flush=True)
+        print(f"| {workers} | {shown(20 * c.batch_size, seconds)} |")
 
 
 def main() -> None:

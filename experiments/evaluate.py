@@ -263,7 +263,12 @@ def _cell(runs: list[Numbers], column: str) -> str:
     return f"{mean:.3g} ± {torch.tensor(values).std():.1g}"  # stdev() fails on nan
 
 
-def write(lab: Lab, about: str, text: str, raw: dict[str, Any], minutes: float) -> str:
+def write(
+        lab: Lab,
+        about: str,
+        text: str,
+        raw: dict[str, Any],
+        minutes: float) -> str:
     """Writes NAME.md and NAME.json into --out and returns the page."""
     c = lab.c
     facts = {

@@ -35,7 +35,12 @@ class FeatureConfig:
 # ---- the networks ----------------------------------------------------------------------------------------
 
 
-def _block2d(c_in: int, c_out: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+def _block2d(
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1) -> nn.Sequential:
     pad = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, kernel, stride, pad, dilation, bias=False),
@@ -170,7 +175,12 @@ def _velocities(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return total / count.clamp(min=1), count[:, :, 0] > 0  # two equal digits: their mean
 
 
-def _loss(frame_net: FrameNet, video_net: VideoNet, x: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+def _loss(
+        frame_net: FrameNet,
+        video_net: VideoNet,
+        x: Tensor,
+        labels: Tensor,
+        positions: Tensor) -> Tensor:
     size = x.shape[-1]
     some = torch.randint(x.shape[2], (4,))  # four frames of each clip
     seen = rearrange(centres(positions[:, :, some], size), "b d f yx -> (b f) d yx")

@@ -91,7 +91,13 @@ def levels(steps: int, shift: float = 3.0) -> Tensor:
     return schedule(times, process).float()
 
 
-def continued(denoise: Denoiser, x: Tensor, k: int, w_r: float, logsnrs: Tensor, delta: float = 0.0) -> Tensor:
+def continued(
+        denoise: Denoiser,
+        x: Tensor,
+        k: int,
+        w_r: float,
+        logsnrs: Tensor,
+        delta: float = 0.0) -> Tensor:
     """What is drawn from the first k frames of x: by replacement, for w_r > 0 with guidance too."""
     known = torch.arange(x.shape[2]) < k
     known = known[:, None, None]

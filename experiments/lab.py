@@ -88,7 +88,12 @@ class Lab:
         """Nothing is known of so many frames."""
         return lambda s, which: nothing(self.model, s, frames)
 
-    def draw(self, seed: int, known: Known | None = None, texts: Sequence[str] = (), **flags: Any) -> Tensor:
+    def draw(
+            self,
+            seed: int,
+            known: Known | None = None,
+            texts: Sequence[str] = (),
+            **flags: Any) -> Tensor:
         """--clips clips, by flags of SampleConfig; by default nothing is known of them, and no caption said."""
         c = self.c
         guidance = dict(w_t=c.w_t, w_t_from=c.w_t_from, w_r_power=c.w_r_power)
@@ -114,8 +119,8 @@ class Lab:
 
     def measure(self, x: Tensor) -> Numbers:
         """metrics.measure on clips of the model's length (longer ones in pieces), against real ones."""
-        pieces = [piece for piece in x.split(self.length, 2) if piece.shape[2] == self.length]
-        x = torch.cat(pieces)
+        pieces = x.split(self.length, 2)
+        x = torch.cat([piece for piece in pieces if piece.shape[2] == self.length])
         digits = self.model.data.digits
         return metrics.measure(x, self.features, digits, self.reference, self.stride)
 
@@ -134,7 +139,10 @@ class Lab:
         x, _, _ = self.real(10_000, clips=self.c.reference)
         return self.observe(x)[3:]
 
-    def bounds(self, judge: Callable[[Tensor, int], Numbers] | None = None, frames: int = 0) -> Arms:
+    def bounds(
+            self,
+            judge: Callable[[Tensor, int], Numbers] | None = None,
+            frames: int = 0) -> Arms:
         """The two rows of real clips: the floor, and chance, whose frames come each from another clip. Judged
         by measure, or a function of the clips and the seed whose captions they have.
         """

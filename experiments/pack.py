@@ -26,7 +26,9 @@ def pack(folder: Path, out: Path, size: int, channels: int, fps: float) -> list[
     """Writes OUT/.../NAME.npy, (F, size, size, channels), for each clip of the folder, and its caption if it
     is not its folder's name. What is there already is kept. Returns what could not be read, one sentence each.
     """
-    found = dict(clips.list_videos(str(folder), "", "train") + clips.list_videos(str(folder), "", "test"))
+    found = {}
+    for split in ("train", "test"):
+        found |= clips.list_videos(str(folder), "", split)
     if not found:
         if any(folder.rglob("*tfrecord*")):
             raise ValueError(TFRECORDS)
@@ -37,7 +39,13 @@ def pack(folder: Path, out: Path, size: int, channels: int, fps: float) -> list[
         return [answer for answer in answers if answer]
 
 
-def _pack(folder: Path, out: Path, size: int, channels: int, fps: float, clip: tuple[Path, str]) -> str:
+def _pack(
+        folder: Path,
+        out: Path,
+        size: int,
+        channels: int,
+        fps: float,
+        clip: tuple[Path, str]) -> str:
     source, caption = clip
     path = out / source.relative_to(folder).parent / f"{source.name}.npy"  # a.mp4 and a.avi are two
     if path.exists():

@@ -51,8 +51,12 @@ def strip(axis: Any, x: Tensor, label: str = "", known: Sequence[int] = ()) -> N
     image(axis, rearrange(framed, "f h w c -> h (f w) c"), label)
 
 
-def strips(rows: dict[str, Tensor], known: Sequence[int] = (), below: Sequence[str] = (), inches: float = 0.0,
-           width: float = 9.0) -> tuple:
+def strips(
+        rows: dict[str, Tensor],
+        known: Sequence[int] = (),
+        below: Sequence[str] = (),
+        inches: float = 0.0,
+        width: float = 9.0) -> tuple:
     """A row for each clip, under its name, and below them other axes beside each other, so many inches high."""
     layout, heights = [], []
     for name, x in rows.items():
