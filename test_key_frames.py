@@ -237,7 +237,7 @@ def test_a_bad_beginning_is_one_sentence(flags, parts, slow, tmp_path, monkeypat
 def test_the_shipped_networks_go_as_fast_as_asked_and_then_fill_in():
     """4 clips in 8 steps; measured with more (results/speed.md): 2.5, 4.1 and 7.0 px a frame at 8, 4, 2 fps."""
     pretrained, digits = Path(__file__).parent / "pretrained", (0, 1, 7, 6)
-    features = load_features(pretrained / "features_32.pt", CPU.device)
+    features = load_features(pretrained / "features_32.pt")
     slow, between = (infill.load_model(pretrained / f"{name}_32.pt", CPU.device)
                      for name in ("magicvideo", "interpolate"))
     s = infill.SampleConfig(num=4, text="|".join(f"a {digit} moving left" for digit in digits), w=1.0,

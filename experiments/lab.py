@@ -1,26 +1,27 @@
 """The laboratory of evaluate: a model, the networks that measure, real clips, and drawn ones."""
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+import checkpoint
 import infill
+from data import moving_mnist
 from experiments import metrics
-import sample
-from data import moving_mnist, stochastic_moving_mnist
 from experiments.features import Features, load_features, observe
 from infill import Given, Model, SampleConfig, nothing
 from machine import Machine, start
 
 HERE = Path(__file__).parents[1]  # the clone
-Arm = Callable[[int], dict[str, float]]  # seed -> what was measured
-Experiment = Literal["samplers", "joint", "guidance", "extend", "predict", "given", "super_resolve",
-                     "positions", "blocks", "speed", "exchange"]
+Numbers = dict[str, float]  # what was measured
+Arms = dict[str, Callable[[int], Numbers]]  # by name, and each by seed
+Known = Callable[[SampleConfig, slice], Given]  # what is known of the clips of a slice
+Experiment = Literal["samplers", "joint", "guidance", "extend", "given", "super_resolve", "exchange"]
 
 
 @dataclass
@@ -34,20 +35,15 @@ class EvaluateConfig:
     batch_size: int = 8  # [1, 1024] clips drawn at once
     seeds: int = 3  # [1, 100] seeds of each arm
     calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
-    delta: float = 0.0  # [0, 2] step size of the corrector; 0 is 0.1 in samplers and extend, else none
+    delta: float = 0.0  # [0, 2] step size of the corrector, for half of the calls; 0 is none (samplers: 0.1)
     w_t: float = 0.0  # [0, 100] weight of temporal guidance
     w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside the weight of reconstruction guidance
     overlap: int = 0  # [0, 1024] extend: frames that blocks share; 0 is half the model's length
     frames: int = 64  # [17, 1000] extend: frames of the result
-    w: float = 1.0  # [0, 100] extend, joint, positions, blocks: weight of classifier-free guidance
+    w: float = 1.0  # [0, 100] extend, joint: weight of classifier-free guidance
     only: str = ""  # a regular expression: arms in whose name it is found; by default all
-    train_steps: int = 2000  # [1, 100000000] joint, positions: optimizer steps of their small models
-    train_minutes: float = 4.0  # (0, 10000] blocks: minutes of training of each of its models
-    autoencoder: str = "pretrained/autoencoder_32.pt"  # blocks: whose latents its models draw
-    interpolator: str = "pretrained/interpolate_32.pt"  # speed: fills between key frames (--keys)
-    quick: bool = False  # few clips, one seed, few calls: minutes, and only to see that it works
-    i3d: str = ""  # a TorchScript I3D file that you trust: adds FVD
+    train_steps: int = 2000  # [1, 100000000] joint: optimizer steps of its small models
     out: str = "experiments/results"  # folder of NAME.md and NAME.json
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
@@ -62,84 +58,126 @@ class Lab:
     model: Model
     features: Features
     machine: Machine
-    stride: int  # every so many frames of the generator's are shown (the paper's frameskip)
 
-    def real(self, seed: int, frames: int = 0, clips: int = 0, stride: int = 0) -> tuple[Tensor, list, dict]:
+    @property
+    def length(self) -> int:
+        """Frames of the model's clips."""
+        return self.model.network.config.frames
+
+    @property
+    def stride(self) -> int:
+        """Every so many frames of the generator's are shown (the paper's frameskip)."""
+        return min(self.model.data.frame_stride)
+
+    def real(self, seed: int, frames: int = 0, clips: int = 0) -> tuple[Tensor, list[str], dict]:
         """Clips of the test split (clips, C, frames, H, W) with captions and truth; another seed, others."""
-        data = dataclasses.replace(self.model.data, split="test", num_images=0, short_captions=0.0,
-                                   frames=frames or self.model.network.config.frames,
-                                   frame_stride=(stride or self.stride,))
-        draw = stochastic_moving_mnist if data.dataset == "stochastic_moving_mnist" else moving_mnist
-        return draw(data, clips or self.c.clips, (7, seed))
+        data = dataclasses.replace(
+            self.model.data,
+            split="test",
+            num_images=0,
+            short_captions=0.0,
+            frames=frames or self.length,
+            frame_stride=(self.stride,))
+        return moving_mnist(data, clips or self.c.clips, (7, seed))
 
-    def draw(self, seed: int, given: Callable[[SampleConfig, slice], Given] | None = None, frames: int = 0,
-             texts: list[str] | None = None, model: Model | None = None, **flags: Any) -> Tensor:
-        """--clips clips, by flags of SampleConfig or its defaults; given(settings, which clips) is known."""
-        model, parts = model or self.model, []
-        frames = frames or model.network.config.frames
-        for first in range(0, self.c.clips, self.c.batch_size):
-            which = slice(first, min(first + self.c.batch_size, self.c.clips))
-            s = SampleConfig(num=which.stop - first, seed=100_000 * seed + first, w_r_power=self.c.w_r_power,
-                             text="|".join(texts[which]) if texts else "",
-                             **{"w_t": self.c.w_t, "w_t_from": self.c.w_t_from} | flags)
+    def latents(self, x: Tensor) -> Tensor:
+        """The frames x as the network knows them."""
+        return self.model.coder.latents(x.to(self.model.device))
+
+    def blank(self, frames: int) -> Known:
+        """Nothing is known of so many frames."""
+        return lambda s, which: nothing(self.model, s, frames)
+
+    def draw(
+            self,
+            seed: int,
+            known: Known | None = None,
+            texts: Sequence[str] = (),
+            **flags: Any) -> Tensor:
+        """--clips clips, by flags of SampleConfig; by default nothing is known of them, and no caption said."""
+        c = self.c
+        guidance = dict(w_t=c.w_t, w_t_from=c.w_t_from, w_r_power=c.w_r_power)
+        known = known or self.blank(self.length)
+        parts = []
+        for first in range(0, c.clips, c.batch_size):
+            which = slice(first, min(first + c.batch_size, c.clips))
+            s = SampleConfig(
+                num=which.stop - first,
+                seed=100_000 * seed + first,
+                text="|".join(texts[which]),
+                **guidance | flags)
             with self.machine.autocast():
-                parts.append(infill.fill(model, s, given(s, which) if given else nothing(model, s, frames)))
+                parts.append(infill.fill(self.model, s, known(s, which)))
         return torch.cat(parts).float().cpu()
 
     def steps(self) -> dict[str, Any]:
         """Flags for --calls network calls, every second one of them the corrector's if --delta is given."""
         c = self.c
-        return {"steps": c.calls // 2, "delta": c.delta} if c.delta else {"steps": c.calls}
+        if c.delta:
+            return dict(steps=c.calls // 2, delta=c.delta)
+        return dict(steps=c.calls)
 
-    def measure(self, x: Tensor) -> dict[str, float]:
+    def measure(self, x: Tensor) -> Numbers:
         """metrics.measure on clips of the model's length (longer ones in pieces), against real ones."""
-        length = self.model.network.config.frames
-        pieces = torch.cat([piece for piece in x.split(length, 2) if piece.shape[2] == length])
-        found = metrics.measure(pieces, self.features, self.model.data.digits, self.reference[1:],
-                                self.stride)
-        return found | ({"FVD": metrics.fvd(self.reference[0], pieces, self.c.i3d)} if self.c.i3d else {})
+        pieces = x.split(self.length, 2)
+        x = torch.cat([piece for piece in pieces if piece.shape[2] == self.length])
+        digits = self.model.data.digits
+        return metrics.measure(x, self.features, digits, self.reference, self.stride)
 
     def digit_named(self, x: Tensor, truth: dict) -> float:
         """Share of the frames that show the digits of the truth."""
-        return metrics.identity_true(self.observe(x)[0], truth["labels"])
+        classes, *_ = self.observe(x)
+        return metrics.identity_true(classes, truth["labels"])
 
     def observe(self, x: Tensor) -> tuple[Tensor, ...]:
         """features.observe on clips x: linked classes, linked places, ..."""
         return observe(x, self.features, self.model.data.digits)
 
     @cached_property
-    def reference(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Real clips that Frechet distances are taken to, features of their frames and of them."""
-        x = self.real(10_000, clips=self.c.reference)[0]
-        return x, *self.observe(x)[3:]
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """Features of the frames and of the clips that Frechet distances are taken to."""
+        x, _, _ = self.real(10_000, clips=self.c.reference)
+        return self.observe(x)[3:]
 
-    def bounds(self, more: Callable[[Tensor, int], dict] = lambda x, seed: {},
-               frames: int = 0) -> dict[str, Arm]:
-        """The two rows of real clips: the floor, and chance, whose frames come each from another clip."""
-        def arm(exchange: int, seed: int) -> dict[str, float]:
-            x = self.real(seed, frames)[0]
-            if exchange:
-                pool = self.real(20_000 + seed, frames, self.c.clips + x.shape[2])[0]
-                x = torch.stack([pool[f:][:len(x), :, f] for f in range(x.shape[2])], 2)
-            return self.measure(x) | more(x, seed)
-        return {"real clips (floor)": partial(arm, 0), "their frames exchanged (chance)": partial(arm, 1)}
+    def bounds(
+            self,
+            judge: Callable[[Tensor, int], Numbers] | None = None,
+            frames: int = 0) -> Arms:
+        """The two rows of real clips: the floor, and chance, whose frames come each from another clip. Judged
+        by measure, or a function of the clips and the seed whose captions they have.
+        """
+        judge = judge or (lambda x, seed: self.measure(x))
+        frames = frames or self.length
+
+        def floor(seed: int) -> Numbers:
+            x, _, _ = self.real(seed, frames)
+            return judge(x, seed)
+
+        def chance(seed: int) -> Numbers:
+            pool, _, _ = self.real(20_000 + seed, frames, self.c.clips + frames)
+            mixed = [pool[f:f + self.c.clips, :, f] for f in range(frames)]
+            return judge(torch.stack(mixed, 2), seed)
+
+        return {
+            "real clips (floor)": floor,
+            "their frames exchanged (chance)": chance}
 
 
-def build(c: EvaluateConfig) -> Lab:
+def open_lab(c: EvaluateConfig) -> Lab:
     """The model and the networks that measure, from their files; ValueError where they do not fit."""
     machine = start(c.device, c.precision, c.threads)
-    path = sample.find(str(HERE / c.checkpoint))  # an absolute path stays what it is
+    path = checkpoint.find(str(HERE / c.checkpoint))  # an absolute path stays what it is
     model = infill.load_model(path, machine.device)
     features = load_features(HERE / c.features)
-    drawn = (model.data.size, model.data.digits)
-    if model.data.dataset != "moving_mnist" and (model.data.dataset, c.experiment) != (
-            "stochastic_moving_mnist", "predict"):
-        raise ValueError(f"{path} draws {model.data.dataset}, and {c.experiment} measures moving_mnist alone")
-    if c.experiment in ("guidance", "speed") and not model.text.cond_dim:
-        raise ValueError(f"{path} was trained without captions, and --experiment {c.experiment} needs them")
-    if (learnt := (features.settings["size"], features.settings["digits"])) != drawn:
-        raise ValueError(f"--features {c.features} was trained on {learnt[1]} digits at {learnt[0]} px, and "
-                         f"{path} draws {drawn[1]} at {drawn[0]} px: train others with experiments.features")
+    size, digits = model.data.size, model.data.digits
+    known = features.settings
+    if model.data.dataset != "moving_mnist":
+        raise ValueError(f"{path} draws {model.data.dataset}, and --experiment measures moving_mnist alone")
     if model.network.config.keys:
         raise ValueError(f"{path} draws between key frames: --experiment {c.experiment} cannot")
-    return Lab(c, path, model, features, machine, min(model.data.frame_stride))
+    if c.experiment == "guidance" and not model.text.cond_dim:
+        raise ValueError(f"{path} was trained without captions, and --experiment guidance needs them")
+    if (known["size"], known["digits"]) != (size, digits):
+        raise ValueError(f"--features {c.features} was trained on {known['digits']} digits at {known['size']} "
+                         f"px, and {path} draws {digits} at {size} px: train others with experiments.features")
+    return Lab(c, path, model, features, machine)

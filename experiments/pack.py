@@ -26,15 +26,26 @@ def pack(folder: Path, out: Path, size: int, channels: int, fps: float) -> list[
     """Writes OUT/.../NAME.npy, (F, size, size, channels), for each clip of the folder, and its caption if it
     is not its folder's name. What is there already is kept. Returns what could not be read, one sentence each.
     """
-    found = dict(pair for split in ("train", "test") for pair in clips.list_videos(str(folder), "", split))
+    found = {}
+    for split in ("train", "test"):
+        found |= clips.list_videos(str(folder), "", split)
     if not found:
-        raise ValueError(TFRECORDS if next(folder.rglob("*tfrecord*"), None) else f"no clip in {folder}")
+        if any(folder.rglob("*tfrecord*")):
+            raise ValueError(TFRECORDS)
+        raise ValueError(f"no clip in {folder}")
     one = partial(_pack, folder, out, size, channels, fps)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [answer for answer in tqdm(pool.map(one, found.items()), "packing", len(found)) if answer]
+        answers = tqdm(pool.map(one, found.items()), "packing", len(found))
+        return [answer for answer in answers if answer]
 
 
-def _pack(folder: Path, out: Path, size: int, channels: int, fps: float, clip: tuple[Path, str]) -> str:
+def _pack(
+        folder: Path,
+        out: Path,
+        size: int,
+        channels: int,
+        fps: float,
+        clip: tuple[Path, str]) -> str:
     source, caption = clip
     path = out / source.relative_to(folder).parent / f"{source.name}.npy"  # a.mp4 and a.avi are two
     if path.exists():

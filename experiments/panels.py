@@ -1,9 +1,10 @@
 """Clips as rows of frames and arrays as images: what figures.py and plots.py draw with."""
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 ORANGE, GREY, BLUE = "#ff8c00", "#404040", "#1f77b4"
@@ -16,9 +17,20 @@ def panels(layout: list[list[str]], size: tuple[float, float], **options: Any) -
     except ImportError:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from None
     pyplot.switch_backend("Agg")
-    pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
-                            "savefig.dpi": 110, "savefig.bbox": "tight"})
+    pyplot.rcParams.update({
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "savefig.dpi": 110,
+        "savefig.bbox": "tight"})
     return pyplot.subplot_mosaic(layout, figsize=size, layout="constrained", **options)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure, and prints where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(path)
 
 
 def image(axis: Any, pixels: Any, label: str = "", **options: Any) -> None:
@@ -31,19 +43,30 @@ def image(axis: Any, pixels: Any, label: str = "", **options: Any) -> None:
 
 def strip(axis: Any, x: Tensor, label: str = "", known: Sequence[int] = ()) -> None:
     """A clip (1, F, H, W) in [-1, 1] as a row of frames; those in known have an orange margin."""
-    cells = repeat(x[0].float().clamp(-1, 1) / 2 + 0.5, "f h w -> f h w c", c=3)
-    framed = torch.full((len(cells), cells.shape[1] + 2, cells.shape[2] + 2, 3), 0.25)
+    x = x[0].float().clamp(-1, 1)
+    frames, height, width = x.shape
+    framed = torch.full((frames, height + 2, width + 2, 3), 0.25)
     framed[list(known)] = torch.tensor([1.0, 0.55, 0.0])
-    framed[:, 1:-1, 1:-1] = cells
+    framed[:, 1:-1, 1:-1] = x[..., None] / 2 + 0.5
     image(axis, rearrange(framed, "f h w c -> h (f w) c"), label)
 
 
-def strips(rows: dict[str, Tensor], known: Sequence[int] = (), below: Sequence[list[str]] = (),
-           inches: float = 0.0, width: float = 9.0) -> tuple:
-    """A row for each clip, under its name, and below them a row of other axes, so many inches high."""
-    heights = [width / x.shape[1] for x in rows.values()] + [inches] * len(below)
-    layout = [[name] * max([len(row) for row in below], default=1) for name in rows]
-    figure, axes = panels(layout + list(below), (width, sum(heights) + 0.3), height_ratios=heights)
+def strips(
+        rows: dict[str, Tensor],
+        known: Sequence[int] = (),
+        below: Sequence[str] = (),
+        inches: float = 0.0,
+        width: float = 9.0) -> tuple:
+    """A row for each clip, under its name, and below them other axes beside each other, so many inches high."""
+    layout, heights = [], []
+    for name, x in rows.items():
+        layout.append([name] * max(1, len(below)))
+        heights.append(width / x.shape[1])
+    if below:
+        layout.append(list(below))
+        heights.append(inches)
+    size = width, sum(heights) + 0.3
+    figure, axes = panels(layout, size, height_ratios=heights)
     for name, x in rows.items():
         strip(axes[name], x, name, known)
     return figure, axes

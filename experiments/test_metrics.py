@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import DataConfig, moving_mnist
 from diffusion import alpha_sigma, noise_like
 from experiments.features import Features, load_features, observe, walls
-from experiments.metrics import (exchange, frechet, fvd, identity_kept, identity_true, inception_score, measure,
-                                 mse_per_frame, psnr, same_paths, seam, ssim, trajectory_residual)
+from experiments.metrics import (exchange, frechet, identity_kept, identity_true, inception_score, measure,
+                                 mse_per_frame, psnr, same_paths, seam, trajectory_residual)
 
 HERE = Path(__file__).parents[1]
 TRAINED = HERE / "pretrained" / "features_32.pt"
@@ -92,16 +92,12 @@ def test_noise_is_far_in_every_way():
     assert found["frechet_frame"] > 10 * floor()["frechet_frame"]
 
 
-def test_without_real_clips_there_is_no_distance():
-    assert set(measure(clips(0)[0][:4], trained(), 1)) == set(floor()) - {"frechet_clip", "frechet_frame"}
-
-
 def test_digits_swapped_halfway_keep_their_identity_in_half_of_the_frames():
     x, labels, _ = clips(5)
     other = (labels != labels.roll(1, 0))[:, 0]
     swapped = torch.cat([x[:, :, :8], x.roll(1, 0)[:, :, 8:]], 2)[other]
-    assert measure(swapped, trained(), 1)["identity_kept"] == pytest.approx(0.5, abs=0.03)
     classes = observe(swapped, trained(), 1)[0]
+    assert identity_kept(classes) == pytest.approx(0.5, abs=0.03)
     assert identity_true(classes, labels[other]) == pytest.approx(0.5, abs=0.03)
     assert identity_true(observe(x, trained(), 1)[0], labels) > 0.95
 
@@ -208,21 +204,10 @@ def test_a_jump_and_a_change_of_class_at_a_seam_are_found_there_and_nowhere_else
     at[:, 8:, 0, 0] += 4  # 4 down and the usual 0.5 to the right
     classes[:, 8:] = 5
     found = seam(at, classes, [8])
-    expected = {"step_seam": math.hypot(4, 0.5), "step_inside": 0.5, "identity_seam": 1, "identity_inside": 0,
-                "velocity_seam": 0, "velocity_inside": 0}
+    expected = {"step_seam": math.hypot(4, 0.5), "step_inside": 0.5, "identity_seam": 1, "identity_inside": 0}
     assert found == pytest.approx(expected, abs=1e-5)
     wrong = seam(at, classes, [4])
     assert wrong["step_seam"] == pytest.approx(0.5) and wrong["identity_inside"] == pytest.approx(1 / 10)
-
-
-def test_a_change_of_speed_at_a_seam_is_found_but_a_turn_back_is_not():
-    at = path((16.0, 10.0), (0.0, 0.0))
-    at[0, :, 0, 1] = 10 + torch.tensor([0.0] + [0.5] * 7 + [2.0] * 8).cumsum(0)
-    found = seam(at, torch.zeros(1, 16, 1), [8])
-    assert found["velocity_seam"] == pytest.approx(1.5 / 2)  # the mean of both axes
-    assert found["velocity_inside"] == pytest.approx(0, abs=1e-5)
-    at[0, :, 0, 1] = 10 + torch.tensor([0.0] + [0.5] * 8 + [-0.5] * 7).cumsum(0)
-    assert seam(at, torch.zeros(1, 16, 1), [8])["velocity_seam"] == pytest.approx(0, abs=1e-5)
 
 
 # Whether other frames are used
@@ -291,49 +276,3 @@ def test_an_error_of_one_tenth_everywhere_is_twenty_decibels():
     x = torch.zeros(2, 1, 3, 16, 16)
     assert psnr(x, x + 0.2) == pytest.approx(20, rel=1e-4) and psnr(x, x) == pytest.approx(100)
     assert mse_per_frame(x, x + 0.2) == pytest.approx(2.56, rel=1e-4)
-
-
-def test_similarity_is_that_of_a_loop_over_all_windows():
-    a, b = (x[:1, :, :1].double().numpy()[0, 0, 0] / 2 + 0.5 for x in pair())
-    weight = np.array([[math.exp(-(i * i + j * j) / 4.5) for j in range(-5, 6)] for i in range(-5, 6)])
-    weight /= weight.sum()
-    found = []
-    for i in range(22):
-        for j in range(22):
-            p, q = a[i:i + 11, j:j + 11], b[i:i + 11, j:j + 11]
-            m, n = (weight * p).sum(), (weight * q).sum()
-            v, w, c = ((weight * r).sum() for r in ((p - m) ** 2, (q - n) ** 2, (p - m) * (q - n)))
-            found.append((2 * m * n + 1e-4) * (2 * c + 9e-4) / ((m * m + n * n + 1e-4) * (v + w + 9e-4)))
-    assert ssim(*(x[:1, :, :1] for x in pair())) == pytest.approx(np.mean(found), rel=1e-6)
-
-
-def test_a_video_is_perfectly_similar_to_itself_alone():
-    a, b = pair()
-    assert ssim(a, a) == pytest.approx(1) and ssim(a, b) < 0.9
-
-
-# FVD
-
-class StandIn(nn.Module):
-    """Takes what the I3D file takes, and gives means and deviations of the four quarters of the clip."""
-
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False):
-        assert rescale and resize and return_features and x.shape[1] == 3
-        assert x.min() >= 0 and 200 < x.max() and x.max() <= 255
-        return torch.cat([x.mean([1, 2, 3]), x.std([2, 3, 4])], 1)
-
-
-def test_fvd_is_the_distance_of_what_the_given_network_sees(tmp_path: Path):
-    torch.jit.script(StandIn()).save(str(tmp_path / "i3d.pt"))
-    real, fake = clips(0)[0][:24], clips(1)[0][:20] * 0.9
-    seen = [StandIn()((x.repeat(1, 3, 1, 1, 1) + 1) * 127.5, True, True, True) for x in (real, fake)]
-    assert fvd(real, fake, tmp_path / "i3d.pt") == pytest.approx(frechet(*seen), rel=1e-3)
-    assert fvd(real, real.repeat(1, 3, 1, 1, 1), tmp_path / "i3d.pt") == pytest.approx(0, abs=1e-3)
-
-
-def test_a_missing_file_or_one_that_is_no_torchscript_is_refused_with_a_sentence(tmp_path: Path):
-    (tmp_path / "broken.pt").write_bytes(b"no network")
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "weights.pt")
-    for name in ("missing.pt", "broken.pt", "weights.pt"):
-        with pytest.raises(ValueError, match=f"{name} is missing, or is not the TorchScript file"):
-            fvd(clips(0)[0], clips(1)[0], tmp_path / name)

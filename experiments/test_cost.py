@@ -1,0 +1,66 @@
+"""cost.py counts what a model costs from its settings, without its memory."""
+import re
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+from experiments import cost
+from magicvideo import build_network
+from presets import PRESETS
+from settings import read_settings
+from torch import nn, zeros
+
+TINY = ("--preset cpu --device cpu --size 16 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
+        "--attention_resolutions 4").split()
+
+
+def printed(monkeypatch, capsys, *flags: str) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["cost.py", *flags])
+    config.run(cost.main)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("preset", ["cpu", pytest.param("text_large", marks=pytest.mark.slow)])
+def test_a_preset_is_counted_without_allocating_it(preset, monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line, = printed(monkeypatch, capsys, "--preset", preset)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10  # MiB on Linux
+    row = re.fullmatch(rf"{preset}: ([\d.]+) M parameters, ([\d.]+) TFLOP per training step of (\d+) clips; "
+                       r"float32: weights ([\d.]+) GiB, gradients .* GiB, optimizer ([\d.]+) GiB, .*", line)
+    assert row, line
+    parameters, flops, clips, weights, optimizer = map(float, row.groups())
+    assert weights == pytest.approx(parameters * 4e6 / 2**30, abs=0.006)
+    assert optimizer == pytest.approx(2 * parameters * 4e6 / 2**30, abs=0.006)
+    values = {"accumulate": 1} | PRESETS[preset]
+    assert flops > 0 and clips == values["batch_size"] * values["accumulate"]
+    assert grown < 150 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arch", ["unet3d", "magicvideo"])
+def test_the_parameters_are_those_of_the_network_that_is_built(arch):
+    s = read_settings([*TINY, "--arch", arch])
+    network = build_network(arch, s.network)
+    assert cost.step_cost(s)[0] == sum(p.numel() for p in network.parameters())
+
+
+def test_flops_of_a_convolution_are_counted_by_hand():
+    conv = nn.Conv2d(1, 1, 3, padding=1)
+    forward = 2 * 9 * 16 * 8 * 8  # multiply and add, nine taps, 16 frames of 8 x 8
+    x = zeros(16, 1, 8, 8)
+    assert cost.flops(lambda: conv(x)) == forward
+    assert cost.flops(lambda: conv(x).sum().backward()) == 2 * forward  # once more for the weights
+
+
+def test_without_a_preset_all_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(cost, "step_cost", lambda s: (1, 1))
+    assert [line.split(":")[0] for line in printed(monkeypatch, capsys)] == list(PRESETS)
+
+
+def test_flags_of_training_change_what_is_counted(monkeypatch, capsys):
+    one, = printed(monkeypatch, capsys, *TINY)
+    two, = printed(monkeypatch, capsys, *TINY, "--batch_size", "2", "--accumulate", "3")
+    assert "of 6 clips" in two and "of 6 clips" not in one
