@@ -1,4 +1,4 @@
-"""The values of --preset: three recipes of our own, and the models of the paper's appendix.
+"""The values of --preset: one recipe of our own in three sizes, and the models of the paper's appendix.
 
 PRESETS holds flags of train.py, SAMPLING the flags of sample.py that a checkpoint of each preset carries.
 """
@@ -6,26 +6,35 @@ from typing import Any
 
 Flags = dict[str, Any]
 
-# ---- ours: cpu for two CPU cores, cuda for one GPU -------------------------------------------------------
+# ---- ours: one recipe, in the latents of frames; cpu for two CPU cores, cuda for one GPU ----------------
 
 CPU: Flags = dict(
-    # data: one digit
-    size=32, digits=1, num_images=8, short_captions=0.3,
+    # data: one digit, seen as latents
+    size=32, digits=1, num_images=4, latent="pretrained/autoencoder_32.pt",
     # network
-    dim=32, dim_mults=(1, 2, 4, 6), blocks=1, attention_resolutions=(2, 4, 8), head_dim=32,
-    emb_dim=256, emb_layers=2, patch=2, scale_shift=True,
+    dim=40, dim_mults=(1, 2, 4), blocks=2, attention_resolutions=(2, 4, 8), head_dim=32,
+    emb_dim=256, emb_layers=2, cond_dim=0, scale_shift=True,
     # process and training
-    noise_shift=3.0, lr=1e-3, warmup=150, decay="cosine", batch_size=8, ema=0.999, steps=8_000)
+    noise_shift=3.0, frame_noise=0.5, optimizer="muon", lr=1.6e-3, warmup=100, decay="cosine",
+    batch_size=8, ema=0.999, steps=4_400)
 
-CUDA: Flags = dict(
-    # data: two digits
-    size=64, digits=2, num_images=4, short_captions=0.3,
-    # network
+CUDA: Flags = CPU | dict(
+    size=64, digits=2, latent="pretrained/autoencoder_64.pt",
+    dim=128, head_dim=64, emb_dim=512, batch_size=32, ema=0.9995, warmup=500, steps=40_000)
+
+# ---- ours: the same network without latents --------------------------------------------------------------
+
+FILMS: Flags = CPU | dict(latent="", patch=2, attention_resolutions=(4, 8))  # for your own clips on a CPU
+
+PIXELS: Flags = dict(  # the paper's own way, Adam and a constant rate, at the size of Moving MNIST: one GPU
+    size=64, digits=2, num_images=4,
     dim=64, dim_mults=(1, 2, 4, 8), blocks=2, attention_resolutions=(8, 16, 32), head_dim=64,
-    emb_dim=512, emb_layers=2, scale_shift=True, checkpointing=True,
-    # process and training
-    noise_shift=3.0, lr=5e-4, warmup=500, decay="cosine", batch_size=16, accumulate=2, ema=0.9995,
-    steps=20_000)
+    emb_dim=512, emb_layers=2, checkpointing=True,
+    lr=3e-4, warmup=1000, decay="constant", batch_size=16, accumulate=2, ema=0.9995, steps=40_000)
+
+AUTOENCODER: Flags = dict(  # makes the latents of cpu: one core, four minutes
+    arch="autoencoder", size=32, digits=1, num_images=0, width=16, dim_mults=(1, 2, 4),
+    attention_resolutions=(8,), lr=1e-3, batch_size=8, steps=1_200)
 
 # ---- the paper's appendix: what its models share, then each model ----------------------------------------
 
@@ -53,21 +62,28 @@ TEXT_9X128: Flags = TEXT | dict(
     steps=800_000)
 
 PRESETS: dict[str, Flags] = {
-    "cpu": CPU, "cuda": CUDA, "ucf101": UCF101, "bair": BAIR, "kinetics600": KINETICS600,
+    "cpu": CPU, "cuda": CUDA, "films": FILMS, "pixels": PIXELS, "autoencoder": AUTOENCODER, "ucf101": UCF101, "bair": BAIR, "kinetics600": KINETICS600,
     "text_small": TEXT_SMALL, "text_large": TEXT_LARGE, "text_9x128": TEXT_9X128}
 
 # ---- how their checkpoints are sampled: for all modes, then what a mode has of its own -------------------
 
+SMALL_FRAMES: Flags = dict(steps=33, delta=0.6, w_t=0.0, w_r=1.5, w_r_power=-0.5)
+
 DIGITS: dict[str, Flags] = {
-    "all": dict(steps=24, delta=0.1),
-    "generate": dict(sampler="dpm_solver", steps=25, delta=0.0),
-    "extend": dict(steps=20, delta=0.0, method="replacement")}
+    "all": dict(steps=50, w_t=1.0, w_t_from=-3.0, w_r=3.0),
+    "generate": dict(delta=0.3),
+    "extend": dict(steps=22),
+    "super_resolve": SMALL_FRAMES,
+    "cascade": SMALL_FRAMES}
 
 BAIR_W_R, KINETICS_W_R = dict(w_r=50.0), dict(w_r=9.0)  # for whole frames, not for small ones
 
 SAMPLING: dict[str, dict[str, Flags]] = {
     "cpu": DIGITS,
     "cuda": DIGITS,
+    "films": {"all": dict(steps=50)},
+    "pixels": {"all": dict(steps=50)},
+    "autoencoder": {},
     "ucf101": {"all": dict(steps=256, gamma=0.1)},
     "bair": {"all": dict(steps=256, delta=0.1, overlap=1),
              "predict": BAIR_W_R, "extend": BAIR_W_R, "interpolate": BAIR_W_R},

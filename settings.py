@@ -10,6 +10,7 @@ from data import DataConfig
 from diffusion import DiffusionConfig
 from machine import find_device
 from magicvideo import MagicVideoConfig
+from presets import PRESETS
 from text import TextConfig
 
 
@@ -47,6 +48,7 @@ class TrainConfig:
     log_every: int = 50  # [1, 100000000] steps between lines of metrics.jsonl
 
 
+HERE = Path(__file__).parent
 FIRST = "dataset data_dir preset size frames batch_size steps lr out resume".split()  # in --help
 PARTS = DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig, TrainConfig
 
@@ -95,14 +97,28 @@ def read_settings(argv: list[str] | None = None) -> Settings:
         if "resume" in given:
             before.update(resumed(given))
             return before | {"out": given["resume"]}
-        before.update(start_of(given.get("init", ""), given.get("latent", "")))
-        device = find_device(given.get("device", "auto"))
-        preset = "cuda" if device.type == "cuda" else "cpu"
-        return {"preset": preset} | before
+        preset = given.get("preset") or suitable_preset(given)
+        values = PRESETS.get(preset, {}) | given
+        latent = values.get("latent", "")
+        if "latent" not in given:
+            if "init" in given or values.get("arch") == "autoencoder":
+                latent = ""
+            elif latent:
+                latent = str(HERE / latent)  # it comes with the project
+        before.update(start_of(given.get("init", ""), latent))
+        return before | {"preset": preset, "latent": latent}
 
     s = Settings(*config.parse(*PARTS, argv=argv, first=FIRST, defaults=defaults), before)
     check(s)
     return s
+
+
+def suitable_preset(given: dict[str, Any]) -> str:
+    """The preset for the data and the device: latents for digits, pixels for all else."""
+    on_gpu = find_device(given.get("device", "auto")).type == "cuda"
+    if given.get("dataset", "moving_mnist") == "moving_mnist":
+        return "cuda" if on_gpu else "cpu"
+    return "pixels" if on_gpu else "films"
 
 
 def resumed(given: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ ARROWS = {  # file: the files named here that it may import
     "clips": "files checkpoint",
     "data": "files clips",
     "shard": "machine magicvideo",
-    "settings": "config data text magicvideo autoencoder diffusion checkpoint machine",
+    "settings": "config presets data text magicvideo autoencoder diffusion checkpoint machine",
     "state": "settings shard optimizer presets checkpoint machine data magicvideo autoencoder",
     "progress": "settings state data text diffusion sampling magicvideo machine files",
     "train": "settings state shard progress optimizer config data text diffusion autoencoder magicvideo machine "

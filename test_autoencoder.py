@@ -25,7 +25,8 @@ from test_unet3d import changed, noise, wild
 from unet3d import UNet3D, UNetConfig
 
 CPU = Machine(torch.device("cpu"), "float32")
-TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
+TINY = ("--preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
+        "--device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
         "--num_images 1 --digits 1 --dim 8 --dim_mults 1 --blocks 1 --head_dim 8 --emb_dim 16 --emb_layers 1 "
         "--patch 1 --cond_dim 8 --tokens 12 --batch_size 2 --steps 2 --warmup 0 --lr 0.01 "
         "--preview_every 2").split()

@@ -2,7 +2,6 @@
 import dataclasses
 import functools
 import inspect
-import math
 import re
 import typing
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from autoencoder import AutoencoderConfig
 from data import DataConfig
 from diffusion import DiffusionConfig
 from infill import SampleConfig
-from settings import TrainConfig
+from settings import TrainConfig, read_settings
 from text import TextConfig
 from magicvideo import MagicVideoConfig
 from unet3d import UNetConfig
@@ -361,15 +360,15 @@ def test_presets_name_only_fields_that_exist():
     for presets, owners in ((PRESETS.values(), TRAIN), (carried, (SampleConfig,))):
         names = {field.name for owner in owners for field in dataclasses.fields(owner)}
         assert [name for preset in presets for name in preset if name not in names] == []
-    assert set(CARRIED) == set(PRESETS) == {"cpu", "cuda", *COLUMNS}
+    assert set(CARRIED) == set(PRESETS) == {"cpu", "cuda", "films", "pixels", "autoencoder", *COLUMNS}
     assert {name for modes in CARRIED.values() for name in modes} <= {"all", *sample.MODES}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_a_network_that_can_be_built_and_attends_where_it_says(preset):
-    values = parsed("--preset", preset)
-    levels = [values["size"] // values["patch"] // 2**i for i in range(len(values["dim_mults"]))]
-    assert set(values["attention_resolutions"]) <= set(levels) and math.prod(levels) > 0
+    s = read_settings(["--preset", preset, "--device", "cpu"])
+    assert set(s.unet.attention_resolutions) <= set(s.network.heights())
+    values = s.flat()
     choices = {field.name: typing.get_args(field.type)
                for owner in TRAIN for field in dataclasses.fields(owner) if kind(field) is Literal}
     assert all(values[name] in allowed_values for name, allowed_values in choices.items())

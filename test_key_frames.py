@@ -24,7 +24,8 @@ from test_train import fitted
 from test_unet3d import changed, noise, small, wild
 
 CPU = Machine(torch.device("cpu"), "float32")
-TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --digits 1 --dim 8 "
+TINY = ("--preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
+        "--device cpu --precision float32 --dataset moving_mnist --size 16 --digits 1 --dim 8 "
         "--dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 --emb_layers 1 --patch 1 --cond_dim 8 "
         "--tokens 12 --attention_resolutions 8 --num_images 1 --batch_size 2 --steps 2 --warmup 0 "
         "--lr 0.01").split()

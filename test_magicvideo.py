@@ -27,7 +27,8 @@ from text import TextConfig, embed
 from unet3d import Attention, SpatialMix, UNet3D, isolate
 
 CPU = Machine(torch.device("cpu"), "float32")
-TINY = ("--arch magicvideo --preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 "
+TINY = ("--arch magicvideo --preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
+        "--device cpu --precision float32 --dataset moving_mnist --size 16 "
         "--frames 4 --num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 12 --batch_size 2 "
         "--steps 2 --warmup 0 --lr 0.01").split()

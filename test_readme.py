@@ -20,7 +20,8 @@ from settings import read_settings
 HERE = Path(__file__).parent
 TEXT = (HERE / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-TINY = ("--preset cpu --device cpu --size 16 --frames 16 --dim 16 --dim_mults 1,2 --head_dim 8 --emb_dim 16 "
+TINY = ("--preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
+        "--device cpu --size 16 --frames 16 --dim 16 --dim_mults 1,2 --head_dim 8 --emb_dim 16 "
         "--patch 1 --attention_resolutions 8 --cond_dim 8 --steps 2 --batch_size 1").split()
 
 

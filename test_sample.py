@@ -34,7 +34,8 @@ from magicvideo import MagicVideoConfig
 
 HERE = Path(__file__).parent
 CPU = Machine(torch.device("cpu"), "float32")
-TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
+TINY = ("--preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
+        "--device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
         "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2 "
         "--steps 1").split()

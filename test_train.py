@@ -43,7 +43,8 @@ from unet3d import UNet3D
 
 HERE = Path(__file__).parent
 CPU = Machine(torch.device("cpu"), "float32")
-TINY = ("--preset cpu --device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
+TINY = ("--preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
+        "--device cpu --precision float32 --dataset moving_mnist --size 16 --frames 4 "
         "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2").split()
 # everything random in one run: dropout, image frames, dropped captions, two micro-batches in a step
@@ -729,7 +730,7 @@ def short_clip(folder: Path) -> list:
 
 MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "size not divisible": (["--size", "18", "--dim_mults", "1,2,4"], "frames of 18 px, which are not divisible by 4"),
-    "unknown preset": (["--preset", "ucf"], "--preset ucf is not one of cpu, cuda, ucf101"),
+    "unknown preset": (["--preset", "ucf"], "--preset ucf is not one of cpu, cuda, films, pixels, autoencoder, ucf101"),
     "unknown flag": (["--stepss", "3"], "--stepss"),
     "a word too many": (["moving_mnist"], "moving_mnist"),
     "no steps": (["--steps", "0"], "--steps"),

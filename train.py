@@ -25,7 +25,7 @@ from machine import Machine, start, stop_signals
 from magicvideo import between
 from optimizer import lr_factor
 from progress import log, plot_loss, preview
-from settings import Settings, read_settings
+from settings import Settings, read_settings, suitable_preset
 from shard import gathered, parallel
 from state import State, new_state, save_state
 from text import condition
@@ -204,13 +204,13 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
 
 def announce(s: Settings, machine: Machine) -> None:
     """Prints what is trained, on what, and what differs from the run that is resumed."""
-    reason = "as given"
-    if s.train.preset == ("cuda" if machine.device.type == "cuda" else "cpu"):
-        reason = "it fits this hardware"
-    if s.train.resume:
-        reason = "as resumed"
+    reason = "as resumed" if s.train.resume else "as given"
+    if s.train.preset == suitable_preset({"device": s.train.device, "dataset": s.data.dataset}):
+        reason = "it fits the data and this hardware"
     clips = s.train.batch_size * s.train.accumulate * machine.world
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
+    if s.train.latent:
+        print(f"in the latents of {s.train.latent}")
     if s.train.resume and s.changes():
         print(f"other settings than before: {s.changes()}")
 

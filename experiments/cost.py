@@ -64,8 +64,9 @@ def main() -> None:
     if any(flag.startswith("--preset") for flag in flags):
         print(line(read_settings(flags)))
         return
-    for preset in PRESETS:
-        print(line(read_settings(["--preset", preset, *flags])))
+    for preset, values in PRESETS.items():
+        if values.get("arch") != "autoencoder":  # which has no network that diffuses
+            print(line(read_settings(["--preset", preset, *flags])))
 
 
 if __name__ == "__main__":
