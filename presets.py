@@ -10,17 +10,17 @@ Flags = dict[str, Any]
 
 CPU: Flags = dict(
     # data: one digit, seen as latents
-    size=32, digits=1, num_images=4, latent="pretrained/autoencoder_32.pt",
+    size=32, digits=1, num_images=4, latent="pretrained/autoencoder_32_8.pt",
     # network
-    dim=40, dim_mults=(1, 2, 4), blocks=2, attention_resolutions=(2, 4, 8), head_dim=32,
+    dim=40, dim_mults=(1, 2, 4), blocks=2, attention_resolutions=(2, 4), head_dim=32,
     emb_dim=256, emb_layers=2, cond_dim=0, scale_shift=True,
     # process and training
     noise_shift=3.0, frame_noise=0.5, optimizer="muon", lr=1.6e-3, warmup=100, decay="cosine",
-    batch_size=8, ema=0.999, steps=4_400)
+    batch_size=16, ema=0.999, steps=4_200)
 
 CUDA: Flags = CPU | dict(
     size=64, digits=2, latent="pretrained/autoencoder_64.pt",
-    dim=128, head_dim=64, emb_dim=512, batch_size=32, ema=0.9995, warmup=500, steps=40_000)
+    dim=128, attention_resolutions=(2, 4, 8), head_dim=64, emb_dim=512, batch_size=32, ema=0.9995, warmup=500, steps=40_000)
 
 # ---- ours: the same network without latents --------------------------------------------------------------
 
@@ -32,9 +32,9 @@ PIXELS: Flags = dict(  # the paper's own way, Adam and a constant rate, at the s
     emb_dim=512, emb_layers=2, checkpointing=True,
     lr=3e-4, warmup=1000, decay="constant", batch_size=16, accumulate=2, ema=0.9995, steps=40_000)
 
-AUTOENCODER: Flags = dict(  # makes the latents of cpu: one core, four minutes
-    arch="autoencoder", size=32, digits=1, num_images=0, width=16, dim_mults=(1, 2, 4),
-    attention_resolutions=(8,), lr=1e-3, batch_size=8, steps=1_200)
+AUTOENCODER: Flags = dict(  # makes the latents of cpu, of single frames
+    arch="autoencoder", size=32, digits=1, frames=1, num_images=0, factor=8, latent_channels=16, width=16,
+    attention_resolutions=(4,), lr=2e-3, warmup=100, batch_size=64, steps=6_000)
 
 # ---- the paper's appendix: what its models share, then each model ----------------------------------------
 
