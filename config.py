@@ -58,9 +58,8 @@ class Flag(NamedTuple):
         return self.allows_one(value)
 
     def allows_one(self, value: Any) -> bool:
-        if type(value) is int and self.number is float:
-            value = float(value)
-        if type(value) is not self.number:
+        kinds = (int, float) if self.number is float else (self.number,)
+        if type(value) not in kinds:
             return False
         if not self.range:
             return True
@@ -138,6 +137,7 @@ def parse(*configs: type, argv: list[str] | None = None, first: Sequence[str] = 
     if help_all or help_first:
         shown = list(flags) if help_all else first
         command_line(flags, shown, parts).print_help()
+        sys.stdout.flush()  # whoever reads it may have had enough: run() sees to that
         raise SystemExit(0)
     return parts
 

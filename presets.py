@@ -16,7 +16,7 @@ CPU: Flags = dict(
     emb_dim=256, emb_layers=2, cond_dim=0, scale_shift=True,
     # process and training
     noise_shift=3.0, frame_noise=0.5, optimizer="muon", lr=1.6e-3, warmup=100, decay="cosine",
-    batch_size=16, ema=0.999, steps=4_200)
+    batch_size=16, ema=0.999, steps=4_000)
 
 CUDA: Flags = CPU | dict(
     size=64, digits=2, latent="pretrained/autoencoder_64.pt",

@@ -159,7 +159,7 @@ def read_run(flag: str, path: str) -> tuple[Path, dict[str, Any], Settings]:
     if not isinstance(found, dict):
         raise ValueError(f"--{flag} {file} holds no network that train.py made")
     drawing = found.get("arch") != "autoencoder"
-    if flag == "resume" and not {"optimizer", "step"} <= content.keys():
+    if flag == "resume" and not ("optimizer" in content and isinstance(content.get("step"), int)):
         raise ValueError(f"--resume {file} holds no run that can be resumed")
     if flag == "init" and not ("ema" in content and drawing):
         raise ValueError(f"--init {file} holds no network that diffuses")

@@ -259,7 +259,7 @@ def test_a_setting_of_a_stranger_is_checked_like_a_flag(name: str, value: object
     content = checkpoint.load(newest := checkpoint.newest(copy))
     checkpoint.save(newest, content | {"settings": content["settings"] | {name: value}})
     with pytest.raises(SystemExit) as ended:
-        train.settings(["--resume", str(copy)])
+        settings.read_settings(["--resume", str(copy)])
     assert ended.value.code == 2
     if name != "lr":
         with pytest.raises(ValueError, match="holds no model"):
@@ -268,7 +268,7 @@ def test_a_setting_of_a_stranger_is_checked_like_a_flag(name: str, value: object
 
 @pytest.mark.parametrize("name, value", STRANGE)
 def test_no_setting_becomes_a_value_that_its_flag_would_not_take(name: str, value: object) -> None:
-    parts = [type(part) for part in vars(train.settings(TINY)).values() if dataclasses.is_dataclass(part)]
+    parts = [type(part) for part in vars(settings.read_settings(TINY)).values() if dataclasses.is_dataclass(part)]
     part = next(part for part in parts if name in part.__dataclass_fields__)
     config.rebuild({}, part)
     with pytest.raises(ValueError):
