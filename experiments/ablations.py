@@ -11,18 +11,13 @@ import torch
 from diffusion import loss
 from experiments.lab import HERE, Arms, Lab, Numbers
 from infill import load_model
-from text import embed
+from text import condition
 
-# what all models here are trained with, but for their flags
-NARROW: dict[str, Any] = dict(
-    preset="cpu",
-    dim=24,
-    head_dim=16,
-    batch_size=4)
+RECIPE: dict[str, Any] = dict(preset="cpu")  # of all models here, but for their flags
 
 
 def joint(lab: Lab) -> Arms:
-    """Table 4: 0, 4 or 8 image frames in training, at equal steps. Captions, with --w.
+    """Table 4: 0, 4 or 8 image frames in training of the cpu preset, at equal steps.
 
     "loss" is that of --reference clips of the test split, without image frames. The paper, on other data: FVD
     with 0, 4, 8 image frames 202.28, 68.11, 57.84; FID-avg 37.52, 18.62, 15.57.
@@ -35,12 +30,11 @@ def joint(lab: Lab) -> Arms:
 
 
 def small_model(lab: Lab, flags: dict[str, Any], seed: int) -> Numbers:
-    """Trains a narrow model with flags, or finds it in --out, and measures what it draws for the captions of
-    the real clips of seed."""
+    """Trains a model with flags, or finds it in --out, and measures what it draws."""
     model = load_model(trained(lab, flags, seed), lab.machine.device)
     small = dataclasses.replace(lab, model=model)
     _, texts, truth = lab.real(seed)
-    x = small.draw(seed, texts=texts, w=lab.c.w, steps=lab.c.calls)
+    x = small.draw(seed, steps=lab.c.calls, **small.said(texts))
     return {
         **lab.measure(x),
         "digit_named": lab.digit_named(x, truth),
@@ -51,20 +45,17 @@ def loss_of_real(lab: Lab) -> float:
     """The loss on --reference clips of the test split, with the same times and noise for every model."""
     model = lab.model
     x, texts, _ = lab.real(10_000, clips=lab.c.reference)
-    cond = embed(texts, model.text).to(model.device)
+    captions = [[text] for text in texts]
+    cond = condition(captions, model.text, model.device)
     noise = torch.Generator().manual_seed(0)
+    x = lab.latents(x)
     with torch.no_grad(), lab.machine.autocast():
-        losses = loss(
-            model.network,
-            x.to(model.device),
-            model.diffusion,
-            cond,
-            generator=noise)
+        losses = loss(model.network, x, model.diffusion, cond, generator=noise)
     return losses.mean().item()
 
 
 def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
-    """The checkpoint of a narrow model trained with flags and seed, or found in --out."""
+    """The checkpoint of a model trained with flags and seed, or found in --out."""
     c = lab.c
     data = lab.model.data
     flags = flags | dict(size=data.size, digits=data.digits, seed=seed)
@@ -74,7 +65,7 @@ def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
     if done.exists():
         return done
     machine = dict(device=c.device, precision=c.precision, threads=c.threads)
-    line = words(NARROW | flags | machine | dict(out=folder, preview_every=100_000_000))
+    line = words(RECIPE | flags | machine | dict(out=folder, preview_every=100_000_000))
     if any(folder.glob("checkpoint_*.pt")):  # it was interrupted
         line = words(dict(resume=folder))
     ended = subprocess.run([sys.executable, str(HERE / "train.py"), *line])

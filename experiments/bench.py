@@ -32,7 +32,7 @@ class BenchConfig:
     """What to time, and how."""
     table: Literal["peer", "data"] = "peer"  # which table to make
     data_dir: str = ""  # folder of clips, for the table data
-    preset: str = "cpu"  # the preset whose architecture is ours
+    preset: str = "films"  # the preset whose architecture is ours
     size: int = 32  # [8, 1024] height and width of the clips: 16 frames, one channel (data: three)
     batch_size: int = 4  # [1, 65536] clips in a training step and in a network call
     rounds: int = 3  # [1, 1000] turns that everything compared takes, after one to warm up

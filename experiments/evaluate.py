@@ -43,18 +43,16 @@ def samplers(lab: Lab) -> Arms:
     and 16.2. Temporal guidance calls the network twice in each step after its log-SNR.
     """
     n = lab.c.calls
-    delta = lab.c.delta or 0.1
     flags = {
         f"ancestral, {n} steps": dict(steps=n),
-        f"predictor-corrector, {n // 2} steps": dict(steps=n // 2, delta=delta)}
+        f"predictor-corrector, {n // 2} steps": dict(steps=n // 2, delta=lab.c.delta or 0.1)}
     for sampler in ("ddim", "dpm_solver"):
         for steps in (10, 25, 50, 100):
             flags[f"{sampler}, {steps} steps"] = dict(sampler=sampler, steps=steps)
     if lab.model.data.num_images:
         for at in (-4.0, -3.0, -2.0):
             flags[f"ancestral, {n} steps, w_t 1 from λ {at:g}"] = dict(steps=n, w_t=1.0, w_t_from=at)
-        both = dict(steps=n, delta=0.3, w_t=1.0, w_t_from=-3.0)
-        flags[f"corrector, {n} steps, w_t 1 from λ -3"] = both
+        flags[f"corrector, {n} steps, w_t 1 from λ -3"] = dict(steps=n, delta=0.3, w_t=1.0, w_t_from=-3.0)
 
     def arm(values: dict[str, Any], seed: int) -> Numbers:
         begun = time.perf_counter()
@@ -98,9 +96,8 @@ def extend(lab: Lab) -> Arms:
     data: FVD of 64 frames, guidance weight 2.0: reconstruction 136.22, replacement 451.45, ratio 3.3.
     """
     frames = lab.c.frames
-    overlap = lab.c.overlap or lab.length // 2
     known = torch.zeros(frames, dtype=torch.bool)
-    blocks = infill.block_starts(known, lab.length, overlap)
+    blocks = infill.block_starts(known, lab.length, lab.length // 2)
     seams = [start + lab.length for start in blocks[:-1]]
     methods = {"replacement": dict(method="replacement")}
     for w_r in (1, 3, 10):
@@ -118,14 +115,11 @@ def extend(lab: Lab) -> Arms:
             **metrics.seam(places, classes, seams)}
 
     def arm(method: dict[str, Any], seed: int) -> Numbers:
-        said = {}
-        if lab.model.text.cond_dim:
-            # a direction holds for the first frames, and each block is drawn with the caption
-            _, texts, _ = lab.real(seed)
-            digits = [text.split(" moving ")[0] for text in texts]
-            said = dict(w=lab.c.w, texts=digits)
-        flags = lab.steps() | method | said
-        x = lab.draw(seed, lab.blank(frames), overlap=overlap, **flags)
+        # a direction holds for the first frames, and each block is drawn with the caption
+        _, texts, _ = lab.real(seed)
+        digits = [text.split(" moving ")[0] for text in texts]
+        flags = lab.steps() | method | lab.said(digits)
+        x = lab.draw(seed, lab.blank(frames), **flags)
         return judged(x, seed)
 
     return lab.bounds(judged, frames) | each(arm, methods)

@@ -30,8 +30,7 @@ def line(axis: Any, arms: dict[float, Runs], column: str, label: str) -> None:
         values = [run[column] for run in runs]
         means.append(np.mean(values))
         spreads.append(np.std(values))
-    style = dict(fmt="o-", ms=3, capsize=2)
-    axis.errorbar(list(arms), means, spreads, label=label, **style)
+    axis.errorbar(list(arms), means, spreads, fmt="o-", ms=3, capsize=2, label=label)
 
 
 def calls() -> Any:

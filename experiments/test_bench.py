@@ -45,7 +45,7 @@ def without_peer(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(bench.PRESETS, "cpu", bench.PRESETS["cpu"] | SMALL)
+    monkeypatch.setitem(bench.PRESETS, "films", bench.PRESETS["films"] | SMALL)
 
 
 def program(monkeypatch, *flags: str) -> None:

@@ -77,8 +77,8 @@ def judged(experiment: str, out: Path, said: str) -> None:
 
 @pytest.mark.parametrize("experiment", evaluate.EXPERIMENTS)
 def test_every_experiment_runs_and_writes_its_table(experiment, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablations, "NARROW", ablations.NARROW | dict(
-        dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="8"))
+    monkeypatch.setattr(ablations, "RECIPE", ablations.RECIPE | dict(
+        dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="8", batch_size=2))
     few(monkeypatch, experiment, tmp_path, *run)
     judged(experiment, tmp_path, capsys.readouterr().out)
 
