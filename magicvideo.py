@@ -157,7 +157,8 @@ class MagicVideo(UNet3D):
     def context(self, z: Tensor, logsnr: Tensor, tokens: Tensor | None, num_images: int) -> tuple:
         """UNet3D's, then each frame's caption ((b f), l - 1, cond_dim) and the number of image frames."""
         frames = z.shape[2]
-        video, known = frames - num_images, self.config.frames
+        video = frames - num_images
+        known = self.config.frames
         if video > known:
             raise ValueError(f"a clip of {video} frames was given, the adaptors know {known}")
         emb, mask = super().context(z, logsnr, tokens, num_images)

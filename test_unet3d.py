@@ -442,6 +442,18 @@ def test_the_levels_have_the_papers_channels_and_halve_height_and_width():
     assert [shape for _, shape in maps(UNetConfig(), ResBlock)] == expected
 
 
+def test_between_levels_four_pixels_become_their_mean_and_one_pixel_becomes_four():
+    model, seen = network(), {}
+    for name in ("down.0.0", "down.1.0", "up.1.0", "up.0.0"):
+        block = model.get_submodule(name)
+        block.register_forward_hook(lambda block, given, out, name=name: seen.update({name: (given[0], out)}))
+    model(*inputs(captions=1))
+    squares = seen["down.0.0"][1].unflatten(3, (4, 2)).unflatten(2, (4, 2))
+    assert close(seen["down.1.0"][0], squares.mean((3, 5)))
+    small = model.narrow[0](seen["up.1.0"][1])
+    assert close(seen["up.0.0"][0][:, :64], small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
 def test_every_skip_connection_is_concatenated_to_its_mirror_image():
     model = network(blocks=2)
     down, up = [], []

@@ -63,7 +63,7 @@ class Norm(nn.GroupNorm):
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """The layer with all parameters zero, so that what it is added to starts unchanged."""
+    """The layer with all its parameters zero, so that what it is added to starts unchanged."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -123,7 +123,7 @@ class TemporalMix(nn.Module):
         self.key_table = nn.Parameter(tables[0])
         self.value_table = nn.Parameter(tables[1])
         if not config.relative_positions:
-            zero(self).requires_grad_(False)
+            zero(self).requires_grad_(False)  # the tables say nothing and never learn
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         heads = q.shape[2]
