@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 import checkpoint
 import data
@@ -81,6 +82,28 @@ def test_its_commands_run_as_typed(tmp_path):
             assert all((tmp_path / path).is_file() for path in written), written
         else:
             assert words[0] == "pip" or words == ["python", "-m", "pytest", "-q"]  # this is it
+
+
+PICTURES = {"generate": "--mode generate --num 6", "interpolate": "--mode interpolate --num 6",
+            "extend": "--mode extend"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURES)
+def test_its_pictures_are_what_its_commands_draw(name, tmp_path):
+    assert f"python sample.py {PICTURES[name]}" in COMMANDS and f"](assets/{name}.gif)" in TEXT
+    (tmp_path / "pretrained").symlink_to(HERE / "pretrained")  # and no runs/
+    run([str(HERE / "sample.py"), *PICTURES[name].split(), "--precision", "float32"], tmp_path)
+    shown, drawn = frames(HERE / "assets" / f"{name}.gif"), frames(tmp_path / "samples" / f"{name}_001.gif")
+    assert shown.shape == drawn.shape
+    # other digits would be 20 and more apart; another processor rounds otherwise
+    assert np.abs(shown - drawn).mean() < 4
+
+
+def frames(path: Path) -> np.ndarray:
+    """A GIF's frames as grey levels (F, H, W)."""
+    with Image.open(path) as image:
+        return np.stack([np.asarray(frame.convert("L"), float) for frame in ImageSequence.Iterator(image)])
 
 
 def test_every_mode_is_in_its_table_and_has_a_command():

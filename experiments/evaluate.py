@@ -1,10 +1,9 @@
 """The experiments behind the tables of section 4: python -m experiments.evaluate --experiment NAME.
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
-raw numbers beside it. But for exchange, what is drawn stands beside two real rows: as many clips of the test
+raw numbers beside it. But for modes and exchange, what is drawn stands beside two real rows: as many clips of the test
 split (the floor), and as many whose every frame is from another clip (chance: good frames, no video).
-samplers, given and super_resolve draw without captions. Those that train models of their own are in
-ablations.py.
+modes and samplers draw without captions. joint, which trains models of its own, is in ablations.py.
 """
 import dataclasses
 import inspect
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
-from einops import rearrange
 from torch import Tensor
 
 import config
 import infill
+import sample
 from diffusion import denoiser
 from experiments import metrics
 from experiments.ablations import joint
@@ -34,6 +32,49 @@ from experiments.lab import Arms, EvaluateConfig, Known, Lab, Numbers, open_lab
 from infill import Given, SampleConfig, nothing, show, show_small, smaller
 
 # ---- the experiments: name -> arms -----------------------------------------------------------------------
+
+
+def modes(lab: Lab) -> Arms:
+    """Every mode with the settings that the checkpoint carries: what sample.py draws.
+
+    digit: share of the drawn frames that show the digit of what was given, or, where nothing was, the one that
+    most frames of their clip show. By chance 0.10, and 0.28 where nothing was given; real clips have 0.99.
+    """
+    def drawn(mode: str, known: Known, seed: int, **flags: Any) -> Tensor:
+        carried = sample.decide(lab.model, {"mode": mode})
+        return lab.draw(seed, known, mode=mode, **carried | flags)
+
+    def free(case: tuple[str, int], seed: int) -> Numbers:
+        mode, frames = case
+        classes, places, *_ = lab.observe(drawn(mode, lab.blank(frames), seed))
+        steps = metrics.steps(places)
+        return {
+            "digit": metrics.identity_kept(classes),
+            "step": steps.mean().item(),
+            "largest_step": steps.amax(1).mean().item()}
+
+    def continued(case: tuple[str, slice, dict], seed: int) -> Numbers:
+        mode, where, flags = case
+        x, _, truth = lab.real(seed)
+        y = drawn(mode, known(lab, x, where), seed, **flags)
+        new = torch.ones(lab.length, dtype=torch.bool)
+        new[where] = False
+        return {"digit": lab.digit_named(y[:, :, new], truth)}
+
+    def enlarged(scale: int, seed: int) -> Numbers:
+        x, _, truth = lab.real(seed)
+        y = drawn("super_resolve", made_small(lab, x, scale), seed, scale=scale)
+        return {"digit": lab.digit_named(y, truth), "psnr": metrics.psnr(x, y)}
+
+    given = {
+        "predict, 6 given": ("predict", slice(0, 6), {}),
+        "predict by replacement": ("predict", slice(0, 6), {"method": "replacement"}),
+        "interpolate": ("interpolate", slice(0, None, 3), {})}
+    return {
+        **each(free, {"generate": ("generate", lab.length)}),
+        **each(continued, given),
+        **each(enlarged, {"super_resolve 2": 2, "super_resolve 4": 4}),
+        **each(free, {f"extend to {lab.c.frames}": ("extend", lab.c.frames)})}
 
 
 def samplers(lab: Lab) -> Arms:
@@ -125,35 +166,6 @@ def extend(lab: Lab) -> Arms:
     return lab.bounds(judged, frames) | each(arm, methods)
 
 
-def given(lab: Lab) -> Arms:
-    """Section 3.1 in time: of clips of the model's length the first six frames are given, or every third; the
-    other ones are drawn, by replacement and by reconstruction guidance, and compared with the true ones.
-    """
-    def arm(case: tuple[slice, dict], seed: int) -> Numbers:
-        where, method = case
-        x, _, truth = lab.real(seed)
-        flags = lab.steps() | method
-        y = lab.draw(seed, known(lab, x, where), **flags)
-        new = torch.ones(lab.length, dtype=torch.bool)
-        new[where] = False
-        true = x[:, :, new]
-        guess = y[:, :, new]
-        return {
-            "mse_per_frame": metrics.mse_per_frame(true, guess),
-            "psnr": metrics.psnr(true, guess),
-            "digit_kept": lab.digit_named(guess, truth),
-            **lab.measure(y)}
-
-    methods = {"replacement": dict(method="replacement")}
-    for w_r in (3, 5, 10):
-        methods[f"w_r {w_r}"] = dict(w_r=float(w_r))
-    cases = {}
-    for name, method in methods.items():
-        cases[f"first 6, {name}"] = slice(0, 6), method
-        cases[f"every third, {name}"] = slice(0, None, 3), method
-    return lab.bounds() | each(arm, cases)
-
-
 def known(lab: Lab, x: Tensor, where: slice) -> Known:
     """What is known when the frames of clips x are that lie at where."""
     def given(s: SampleConfig, which: slice) -> Given:
@@ -163,38 +175,12 @@ def known(lab: Lab, x: Tensor, where: slice) -> Known:
     return given
 
 
-def super_resolve(lab: Lab) -> Arms:
-    """Section 3.1 in space: Eq. 8 against bicubic interpolation of the same small frames."""
-    def arm(case: tuple[int, float], seed: int) -> Numbers:
-        scale, w_r = case
-        x, _, _ = lab.real(seed)
-        if w_r:
-            y = equation_8(lab, x, scale, w_r, seed)
-        else:
-            y = bicubic(x, scale)
-        return {"psnr": metrics.psnr(x, y), **lab.measure(y)}
-
-    cases = {}
-    for scale in (2, 4):
-        cases[f"{scale}x, bicubic"] = scale, 0.0
-        for w_r in (1.5, 4.0, 10.0):
-            cases[f"{scale}x, Eq. 8, w_r {w_r}"] = scale, w_r
-    return lab.bounds() | each(arm, cases)
-
-
-def bicubic(x: Tensor, scale: int) -> Tensor:
-    """Clips x made small, and large again by interpolation alone."""
-    frames = rearrange(smaller(x, scale), "b c f h w -> (b f) c h w")
-    large = nnf.interpolate(frames, scale_factor=scale, mode="bicubic").clamp(-1, 1)
-    return rearrange(large, "(b f) c h w -> b c f h w", b=len(x))
-
-
-def equation_8(lab: Lab, x: Tensor, scale: int, w_r: float, seed: int) -> Tensor:
-    """Clips x made small, and drawn anew at full size so that they agree."""
+def made_small(lab: Lab, x: Tensor, scale: int) -> Known:
+    """What is known when clips x are seen small."""
     def given(s: SampleConfig, which: slice) -> Given:
         blank = nothing(lab.model, s, x.shape[2])
         return show_small(blank, 1, smaller(x[which], scale))
-    return lab.draw(seed, given, scale=scale, w_r=w_r, **lab.steps())
+    return given
 
 
 def exchange(lab: Lab) -> Arms:
@@ -225,7 +211,7 @@ def exchange(lab: Lab) -> Arms:
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    samplers, joint, guidance, extend, given, super_resolve, exchange)}
+    modes, samplers, joint, guidance, extend, exchange)}
 
 # ---- the table -------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ HERE = Path(__file__).parents[1]  # the clone
 Numbers = dict[str, float]  # what was measured
 Arms = dict[str, Callable[[int], Numbers]]  # by name, and each by seed
 Known = Callable[[SampleConfig, slice], Given]  # what is known of the clips of a slice
-Experiment = Literal["samplers", "joint", "guidance", "extend", "given", "super_resolve", "exchange"]
+Experiment = Literal["modes", "samplers", "joint", "guidance", "extend", "exchange"]
 
 
 @dataclass

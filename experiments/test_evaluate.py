@@ -71,14 +71,14 @@ def judged(experiment: str, out: Path, said: str) -> None:
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
     assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
     assert "--clips 2" in numbers["command"] and len(numbers["features"]) == len(numbers["checkpoint"]) == 64
-    if experiment != "exchange":
+    if experiment not in ("exchange", "modes"):
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
 
 
 @pytest.mark.parametrize("experiment", evaluate.EXPERIMENTS)
 def test_every_experiment_runs_and_writes_its_table(experiment, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "RECIPE", ablations.RECIPE | dict(
-        dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="8", batch_size=2))
+        dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="4", batch_size=2))
     few(monkeypatch, experiment, tmp_path, *run)
     judged(experiment, tmp_path, capsys.readouterr().out)
 
@@ -152,14 +152,23 @@ def test_known_frames_are_given_to_a_network_as_it_knows_them(lab):
     assert torch.equal(given.x[:, :, :5], x[:, :, :5] + 1) and not given.x[:, :, 5:].any()
 
 
-def test_equation_8_is_given_the_small_clip_and_bicubic_beats_nothing(lab, monkeypatch):
+def test_small_clips_are_known_and_nothing_else(lab, monkeypatch):
     x = lab.real(0)[0]
     monkeypatch.setattr(infill, "fill", lambda model, s, given: given.low.repeat_interleave(2, 3)
                         .repeat_interleave(2, 4))
-    blocky = evaluate.equation_8(lab, x, 2, 1.0, 0)
+    blocky = lab.draw(0, evaluate.made_small(lab, x, 2))
     assert torch.allclose(evaluate.smaller(blocky, 2), evaluate.smaller(x, 2), atol=1e-6)
-    assert metrics.psnr(x, evaluate.bicubic(x, 2)) > metrics.psnr(x, blocky)
-    assert evaluate.bicubic(x, 4).shape == x.shape
+
+
+def test_modes_are_drawn_with_the_settings_that_the_checkpoint_carries(lab, monkeypatch):
+    seen = []
+    monkeypatch.setattr(infill, "fill", lambda model, s, given: seen.append(s) or given.x)
+    lab.model = dataclasses.replace(lab.model, sampling={"all": {"steps": 7}, "predict": {"w_r": 2.0, "steps": 9}})
+    evaluate.modes(lab)["predict, 6 given"](0)
+    evaluate.modes(lab)["predict by replacement"](0)
+    evaluate.modes(lab)["generate"](0)
+    assert {(s.mode, s.steps, s.w_r, s.method) for s in seen} == {
+        ("predict", 9, 2.0, "reconstruction"), ("predict", 9, 2.0, "replacement"), ("generate", 7, 10.0, "reconstruction")}
 
 
 def test_half_of_the_calls_are_the_correctors(lab):
