@@ -18,7 +18,7 @@ ARROWS = {  # file: the files named here that it may import
     "guidance": "diffusion",
     "sampling": "diffusion",
     "magicvideo": "unet3d diffusion",
-    "autoencoder": "unet3d magicvideo diffusion",
+    "autoencoder": "unet3d",
     "clips": "files checkpoint",
     "data": "files clips",
     "shard": "machine magicvideo",

@@ -543,9 +543,9 @@ def test_a_clip_is_drawn_from_its_own_caption(tiny: Path) -> None:
 
 def test_a_setting_that_is_younger_than_the_checkpoint_has_its_default(tiny: Path, tmp_path: Path) -> None:
     content = checkpoint.load(checkpoint.newest(tiny))
-    del content["settings"]["relative_positions"]
+    del content["settings"]["dropout"]
     checkpoint.save(tmp_path / "older.pt", content)
-    assert load_model(tmp_path / "older.pt", CPU.device).network.config.relative_positions is True
+    assert load_model(tmp_path / "older.pt", CPU.device).network.config.dropout == 0
 
 
 def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
