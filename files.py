@@ -188,11 +188,11 @@ def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: 
                columns: int = 0) -> list[Path]:
     """Write x (B, C, F, H, W) in [-1, 1] as a grid of clips, .gif and lossless .webp, and a film strip, .png.
 
-    Frames marked in known, F booleans, get an orange margin. Returns the paths; such a suffix is cut off.
+    Frames marked in known, F booleans or for each clip its own (B, F), get an orange margin. Returns the paths;
+    such a suffix is cut off.
     """
     stem = re.sub(r"\.(gif|webp|png)$", "", str(path))
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    known = known.any(0) if known is not None and known.ndim > 1 else known
     cells = _cells(x, known)
     columns = columns or int(np.ceil(np.sqrt(len(cells))))
     blank = np.full_like(cells, GREY)[: -len(cells) % columns]
@@ -214,8 +214,10 @@ def _cells(x: Tensor, known: Sequence | None) -> np.ndarray:
     zoom = -(-64 // min(x.shape[3:]))  # smaller clips are hard to see
     pixels = repeat(pixels, "b c f h w -> b f (h i) (w j) (c n)", i=zoom, j=zoom, n=3 // x.shape[1]).numpy()
     b, f, h, w, _ = pixels.shape
-    margin = [ORANGE if known is not None and known[i] else GREY for i in range(f)]
-    cells = np.tile(np.array(margin, np.uint8)[:, None, None], (b, 1, h + 4, w + 4, 1))
+    cells = np.full((b, f, h + 4, w + 4, 3), GREY, np.uint8)
+    if known is not None:
+        marked = torch.as_tensor(known).cpu().expand(b, f)
+        cells[marked.numpy()] = ORANGE
     cells[:, :, 2:-2, 2:-2] = pixels
     return cells
 

@@ -327,6 +327,14 @@ def test_given_frames_have_a_coloured_border_in_the_files(flags: str, marked: li
         assert np.abs(np.asarray(moving.convert("RGB"))[0, 0].astype(int) - borders[0]).max() < 8
 
 
+def test_beside_small_frames_the_border_marks_what_was_given_and_not_the_result(tiny: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, *"--mode cascade --stride 3 --num 2".split(), "--out", tmp_path)
+    strip = np.asarray(Image.open(drawn.files[2]).convert("RGB"))
+    height, width = strip.shape[0] // 6, strip.shape[1] // 4  # two clips of three rows
+    borders = [[tuple(strip[height * row, width * frame].tolist()) for frame in range(4)] for row in range(6)]
+    assert borders == 2 * [[ORANGE, GREY, GREY, ORANGE], [GREY] * 4, [GREY] * 4]
+
+
 # ---- composition, with a denoiser in closed form -----------------------------------------------------------
 
 
