@@ -86,7 +86,8 @@ def _found(root):
             here = {Path(folder)}  # a folder of frames
             paths -= stills
         clips += here
-        left.update(path.suffix.lower() for path in paths - here)
+        for path in paths - here:
+            left[path.suffix.lower() or "without suffix"] += 1
     del left[".txt"]  # captions
     if left:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
@@ -117,10 +118,13 @@ def _caption(clip, root):
 
 def _text(file):
     try:
-        content = file.read_bytes()
+        content, encoding = file.read_bytes(), "utf-8-sig"
         if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return content.decode("utf-16")
-        return content.decode("utf-8-sig")
+            encoding = "utf-16"
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise UnicodeError("it holds zeros")
+        return text
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{file} cannot be read as UTF-8 or marked UTF-16: {error}") from None
 
@@ -158,7 +162,7 @@ def _row(row, root):
         path = root / name
     if not text or text.isdecimal():
         text = _caption(path, root)
-    return path, text
+    return path, " ".join(text.split())
 
 
 # ---- what is known of each -------------------------------------------------------------------------------

@@ -195,6 +195,8 @@ def _as_bytes(array, numbers, low):
 def _fit(image, size, channels):
     if image.width * image.height > MAX_FRAME:
         raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame")
+    if image.mode == "F":
+        raise ValueError("floats in a picture, whose range nobody knows")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))

@@ -2,7 +2,10 @@
 import json
 import multiprocessing
 import os
+import pickle
+import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clips
-from data import DataConfig, batches, video_folder
+from data import Batches, DataConfig, batches, source_of, video_folder
 from files import load_video, probe
-from test_films import film
+from test_films import film, grey
 
 NOISE = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
 
@@ -233,3 +237,179 @@ def test_what_a_worker_finds_broken_is_one_sentence_too(tmp_path, capsys):
     with pytest.raises(ValueError, match="^none of 1 clips can be decoded: [^\n]*a.npy: broken[^\n]*$"):
         next(batches(c, 2, 0, workers=2))
     assert not multiprocessing.active_children()  # one that stays would hold the whole program at its end
+
+
+def test_workers_that_do_not_share_memory_make_the_same_batches(tmp_path):
+    for i in range(3):
+        array(tmp_path / f"{i}.npy")
+    made = Batches(config(tmp_path), 4, 0, "cpu", source_of(config(tmp_path)))
+    x, captions, _ = pickle.loads(pickle.dumps(made))[5]  # as spawned ones do
+    assert torch.equal(x, made[5][0]) and captions == made[5][1]
+
+
+# ---- folders as people have them -----------------------------------------------------------------------------
+
+
+def both(root, listing=""):
+    """The names of all clips that are found."""
+    return sorted(str(path.relative_to(root)) for split in ("train", "test")
+                  for path, _ in clips.list_videos(str(root), listing, split)[0])
+
+
+def test_folders_behind_links_are_read_once_and_loops_end(tmp_path):
+    array(tmp_path / "elsewhere/one/b.npy")
+    array(tmp_path / "data/a.npy")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/one/back").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/own").symlink_to(tmp_path / "elsewhere/one")
+    assert both(tmp_path / "data") == ["a.npy", "linked/one/b.npy"]
+    (tmp_path / "only").symlink_to(tmp_path / "data")
+    assert both(tmp_path / "only") == ["a.npy", "linked/one/b.npy"]
+
+
+def test_what_is_left_out_is_counted_by_kind_in_one_line(tmp_path, capsys):
+    array(tmp_path / "a.npy")
+    (tmp_path / "a.txt").write_text("a caption")
+    (tmp_path / ".hidden").write_text("")
+    (tmp_path / "frames").mkdir()
+    for name in ("b.MPEG4", "c.swf", "d.swf", "README", "frames/1.png", "frames/2.png", "frames/notes.doc"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "e.png").write_bytes(b"")  # beside a clip
+    assert both(tmp_path) == ["a.npy", "frames"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"left out of {tmp_path}: 1 .doc, 1 .mpeg4, 1 .png, 2 .swf, 1 without suffix", said
+    clips.list_videos(str(tmp_path / "frames"), "", "train")
+    (tmp_path / "frames/notes.doc").unlink()
+    capsys.readouterr()
+    clips.list_videos(str(tmp_path / "frames"), "", "train")
+    assert capsys.readouterr().err == ""
+
+
+def test_films_of_all_kinds_beside_each_other_are_used(tmp_path, capsys):
+    kinds = ("mp4", "mpg", "ts", "flv", "wmv", "3gp", "m4v")
+    codecs = {"mpg": "mpeg1video", "wmv": "wmv2", "3gp": "mpeg4"}
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train").mkdir()
+    for kind in kinds:
+        container = {"container": "mp4"} if kind == "m4v" else {}
+        film(tmp_path / "train" / f"a.{kind}", 12, codecs.get(kind, "libx264"), **container)
+    assert [clip.path.suffix[1:] for clip in video_folder(config(tmp_path))] == sorted(kinds)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_webp_that_stands_still_is_a_frame_and_one_that_moves_is_a_clip(tmp_path):
+    still, *others = map(Image.fromarray, NOISE)
+    (tmp_path / "frames").mkdir()
+    for i in range(4):
+        still.save(tmp_path / "frames" / f"{i}.webp")
+    still.save(tmp_path / "moves.webp", save_all=True, append_images=others)
+    assert both(tmp_path) == ["frames", "moves.webp"]
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"channels": 1}, ("18 clips to train, 2 held out", "the middle", "16 x 16 px", "grey", "8 to 25 frames")),
+    ({"fps": 5.0, "split": "test", "frames": 2}, ("2 clips to test, 18 held out", "the middle", "at 5 frames"))])
+def test_a_start_says_what_is_held_out_cropped_turned_grey_and_how_fast_it_is(tmp_path, capsys, fields, words):
+    first, *others = map(Image.fromarray, NOISE)
+    for i in range(10):
+        first.save(tmp_path / f"{i}.gif", save_all=True, append_images=others, duration=40)
+        first.save(tmp_path / f"{i}.webp", save_all=True, append_images=others, duration=125)
+    video_folder(config(tmp_path, **fields))
+    line, = capsys.readouterr().out.splitlines()
+    assert all(word in line for word in words), line
+    assert ("grey" in line) == (fields.get("channels") == 1)
+
+
+# ---- captions as people write them ---------------------------------------------------------------------------
+
+
+def test_lists_are_csv_files_with_quoted_captions_and_further_columns(tmp_path):
+    (tmp_path / "test.csv").write_text("")
+    text = ('a.mp4,"a ball, red",20,10.0\n"b, c.mp4", "say ""hi""",3\nd.mp4,"two\nlines"\n'
+            "e.mp4,plain,7\nf.mp4 free words, with a comma\ng.mp4\ta tab\n\nframes 1,walking\nh.mp4,7,\n")
+    (tmp_path / "frames 1").mkdir()
+    assert listed(tmp_path, text, name="train.csv") == [
+        ("a.mp4", "a ball, red"), ("b, c.mp4", 'say "hi"'), ("d.mp4", "two lines"), ("e.mp4", "plain"),
+        ("f.mp4", "free words, with a comma"), ("g.mp4", "a tab"), ("frames 1", "walking"), ("h.mp4", "")]
+
+
+def test_a_quote_that_never_ends_is_named(tmp_path):
+    with pytest.raises(ValueError, match="list.txt: unexpected end of data"):
+        listed(tmp_path, 'a.mp4,"a ball\nb.mp4,two\nc.mp4,three\n')
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_and_lists_may_have_a_byte_order_mark(tmp_path, encoding):
+    array(tmp_path / "a.npy")
+    (tmp_path / "a.txt").write_text("ein größerer Ball 球", encoding)
+    assert clips.list_videos(str(tmp_path), "", "train")[0][0][1] == "ein größerer Ball 球"
+    (tmp_path / "a.csv").write_text('a.npy,"größer, 球"', encoding)
+    assert clips.list_videos(str(tmp_path), str(tmp_path / "a.csv"), "train")[0][0][1] == "größer, 球"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+@pytest.mark.parametrize("listing", ["", "b.txt"])
+def test_a_caption_in_another_encoding_is_named(tmp_path, encoding, listing):
+    array(tmp_path / "a.npy")
+    word = "größer" if encoding == "latin-1" else "plain"
+    (tmp_path / "a.txt").write_bytes(word.encode(encoding))
+    (tmp_path / "b.txt").write_bytes(f"a.npy {word}".encode(encoding))
+    with pytest.raises(ValueError, match=f"{listing or 'a.txt'} cannot be read as UTF-8"):
+        clips.list_videos(str(tmp_path), listing and str(tmp_path / listing), "train")
+
+
+# ---- a soak --------------------------------------------------------------------------------------------------
+
+
+BROKEN = (lambda whole: b"", lambda whole: whole[:100], lambda whole: whole[:len(whole) // 2],
+          lambda whole: whole[:len(whole) * 9 // 10], lambda whole: b"no film" * 100, lambda whole: bytes(len(whole)),
+          lambda whole: whole[500:], lambda whole: whole[:len(whole) // 3] + bytes(len(whole) - len(whole) // 3),
+          lambda whole: whole[:40] + b"\xff" * 400 + whole[440:], lambda whole: whole[::-1])
+
+
+@pytest.mark.slow
+def test_a_soak_of_two_thousand_films(tmp_path, capsys):
+    """Kinds share the starts evenly, memory stays flat, and each broken film is named once."""
+    kinds = ({"name": "a.mp4", "g": "12", "bf": "2"}, {"name": "b.mkv", "g": "20"}, {"name": "c.webm"},
+             {"name": "d.avi"}, {"name": "e.mpg"}, {"name": "f.ts", "g": "12"}, {"name": "g.gif"}, {"name": "h.mp4"})
+    codecs = {"c.webm": "libvpx-vp9", "d.avi": "mpeg4", "e.mpg": "mpeg1video"}
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train").mkdir()
+    for kind in kinds:
+        name = kind.pop("name")
+        if name == "g.gif":
+            first, *others = [Image.new("L", (32, 32), 10 * i) for i in range(24)]
+            first.save(tmp_path / name, save_all=True, append_images=others, duration=40)
+        else:
+            times = [40 * i + 10 * (i % 3) for i in range(24)] if name == "h.mp4" else None
+            film(tmp_path / name, 24, codecs.get(name, "libx264"), size=(32, 32), times=times,
+                 picture=lambda i, *size: grey(5 * i, *size), **kind)
+    broken = set()
+    for i in range(2000):
+        source = sorted(tmp_path.glob("[a-h].*"))[i % 8]
+        path = tmp_path / "train" / f"{i}{source.suffix}"
+        content = source.read_bytes()
+        if i % 100 == 57:
+            content = BROKEN[i // 100 % 10](content)
+            broken.add(path.name)
+        path.write_bytes(content)
+    stream, peaks = batches(config(tmp_path, size=8, channels=1), 4, 0, workers=2), []
+    starts, tenth = np.zeros(21, int), int(os.environ.get("SOAK", 5000)) // 10
+    for step, (x, _) in enumerate(islice(stream, 10 * tenth)):
+        for first in x[:, 0, 0].add(1).mul(127.5).mean((1, 2)):
+            starts[min(20, round(first.item() / 10))] += 1
+        if step % tenth == tenth - 1:
+            processes = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            peaks.append(sum(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+                             for process in processes))
+    stream.close()
+    said = capsys.readouterr().err
+    named = Counter(re.findall(r"train/(\d+\.\w+): ", said))
+    assert set(named) <= broken and set(named.values()) == {1}, named
+    assert len(named) >= 14, (named, broken)  # some can be read in spite of it
+    assert max(peaks[2:]) - peaks[1] < 16 * 1024, peaks  # kilobytes, of three processes
+    value = ((starts - starts.mean()) ** 2 / starts.mean()).sum()
+    assert value < 20 + 4 * 40**0.5, starts  # chi square of 20 degrees of freedom
+    with capsys.disabled():
+        print(f"{starts.sum()} cuts: chi square {value:.0f} of 20, memory {peaks} kB, {len(named)} named")
