@@ -1,6 +1,7 @@
 """Clips to train on: which there are in a folder or a list, what is known of each, and cuts drawn from them.
 
-Before a run starts the packets of films are read, which takes a few milliseconds; an index keeps what they say.
+Before a run starts the packets of films are read, which takes some milliseconds each. An index keeps what
+they say.
 """
 import contextlib
 import csv
@@ -8,7 +9,6 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +38,8 @@ class VideoFile(NamedTuple):
 
 
 def list_videos(data_dir: str, listing: str, split: str) -> tuple[Named, int]:
-    """The clips of a split with their captions, in an order that depends on their names alone; and how many are
-    held out for the other split.
+    """The clips of a split with their captions, in an order that depends on their names alone; and how many
+    are held out for the other split.
 
     Without a listing all clips in data_dir. The test clips are those in a subfolder test beside train, or in
     a list named test where listing says train, or else every tenth one (a single clip is both). Raises
@@ -153,10 +153,11 @@ def _kinetics(rows, root):
 
 def _row(row, root):
     name, text = row[0].strip(), "".join(row[1:2])
-    if not name.lower().endswith(CLIPS) and not (root / name).exists():  # no csv: a path, a blank, a caption
+    if not name.lower().endswith(CLIPS) and not os.path.exists(root / name):
         endings = "|".join(map(re.escape, CLIPS))
-        parts = re.fullmatch(rf"(.+?(?:{endings})|[^\s,]+)(?:[\s,]+(.*))?", ", ".join(row).strip(), re.I | re.S)
-        name, text = parts.groups("")
+        # It is no csv but a path, a blank and a caption.
+        pattern = rf"(.+?(?:{endings})|[^\s,]+)(?:[\s,]+(.*))?"
+        name, text = re.fullmatch(pattern, ", ".join(row).strip(), re.I | re.S).groups("")
     path = root / f"{name}.npy"  # where experiments/pack.py has packed it
     if not path.exists():
         path = root / name
@@ -170,29 +171,24 @@ def _row(row, root):
 
 def look(paths: Sequence[Path], root: Path) -> list[Sequence | str]:
     """What probe finds of each clip, or the reason why it is unusable. It is kept in an index, .clips.json in
-    root, or in runs where root cannot be written to.
+    root, if that can be written to.
     """
     index, known = root / ".clips.json", {}
-    if not os.access(root, os.W_OK):
-        index = Path("runs", f"clips-{zlib.crc32(os.fsencode(root.resolve()))}.json")
     with contextlib.suppress(OSError, ValueError, TypeError):  # what is lost is made anew
         known = dict(json.loads(index.read_text()))
-    keys = [f"{os.path.relpath(path, root)} {stamp(path)}" for path in paths]  # others when files have changed
+    keys = [f"{os.path.relpath(path, root)} {stamp(path)}" for path in paths]
     new = {key: path for key, path in zip(keys, paths) if key not in known}
     try:
         with ThreadPoolExecutor() as pool:
             answers = pool.map(_answer, new.values())
             known.update(zip(new, tqdm(answers, "looking at clips", len(new), disable=len(new) < 100)))
     finally:
-        whole = {key: answer for key, answer in known.items() if not isinstance(answer, str)}
-        with contextlib.suppress(OSError):
-            index.parent.mkdir(exist_ok=True)
-            with replacing(index) as file:
-                file.write_text(json.dumps(whole))
+        if new:
+            _write(known, index)
     return [known[key] for key in keys]
 
 
-def lowest(answers: Sequence[tuple | str]) -> int:
+def lowest(answers: Sequence[Sequence | str]) -> int:
     """Where floats begin in all clips of a folder: at -1 if they do so in one of them."""
     return min((answer[2] for answer in answers if not isinstance(answer, str)), default=1)
 
@@ -202,6 +198,12 @@ def _answer(path):
         return probe(path)
     except ValueError as error:
         return str(error)
+
+
+def _write(known, index):
+    whole = {key: answer for key, answer in known.items() if not isinstance(answer, str)}
+    with contextlib.suppress(OSError), replacing(index) as file:
+        file.write_text(json.dumps(whole))
 
 
 # ---- cuts ------------------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ def video_folder(config: Any) -> list[VideoFile]:
             usable.append(VideoFile(path, caption, frames, low))
     report = f"skipped {len(bad)} of {len(named)} clips: {'; '.join(bad[:20])}"
     if not usable:
-        raise ValueError(f"no usable clip for the {config.split} split in {config.list or config.data_dir}: {report}")
+        where = config.list or config.data_dir
+        raise ValueError(f"no usable clip for the {config.split} split in {where}: {report}")
     if bad:
         print(report, file=sys.stderr)
     print(f"{len(usable)} clips to {config.split}, {held} held out; {_read_as(config, rates, low)}")
@@ -270,7 +273,8 @@ def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Gen
             cut = cut.flip(-1)
         cuts.append(cut)
         numbers.append(number)
-    return torch.stack(cuts), [found[i].caption for i in numbers], {"clips": numbers, "faults": faults}
+    captions = [found[number].caption for number in numbers]
+    return torch.stack(cuts), captions, {"clips": numbers, "faults": faults}
 
 
 def _cut(found, i, frames, place, config, faults):

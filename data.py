@@ -77,7 +77,8 @@ def source_of(config: DataConfig) -> Callable[..., tuple]:
     s-th frame. The images of joint training are frames of more such clips.
     """
     if config.dataset == "video_folder":
-        return partial(folder_clips, video_folder(config))  # the folder is looked at here, once
+        found = video_folder(replace(config, num_images=0))  # so that a folder is looked at once for both
+        return partial(folder_clips, found)
     if config.dataset not in SOURCES:
         raise ValueError(f"--dataset {config.dataset} is not one of {', '.join(SOURCES)}, video_folder")
     return SOURCES[config.dataset]

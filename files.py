@@ -66,9 +66,9 @@ def ticks(frames: int, seconds: float, fps: float) -> int:
 
 
 def probe(path: Path) -> tuple[int, float, int]:
-    """How many frames a clip has, in how many seconds (0: arrays and folders of stills know no time), and where
-    the range of an array of floats begins, at -1 or 0 (1: all others). Of a film only packets are read. Raises
-    ValueError as decode does.
+    """How many frames a clip has, in how many seconds (0: arrays and folders of stills know no time), and
+    where the range of an array of floats begins, at -1 or 0 (1: all others). Of a film only packets are read.
+    Raises ValueError as decode does.
     """
     with _readable(path):
         low = 1
@@ -78,12 +78,14 @@ def probe(path: Path) -> tuple[int, float, int]:
         return len(order), seconds, low
 
 
-def decode(path: Path, size: int, channels: int, cut: slice = slice(None), fps: float = 0, low: int = 1) -> Tensor:
+def decode(path: Path, size: int, channels: int, cut: slice = slice(None), fps: float = 0,
+           low: int = 1) -> Tensor:
     """The frames of a cut, range(start, stop, step), of a clip as uint8 (C, F, size, size).
 
-    The cut counts frames as they are shown: a film's own, those of an animation again for as long as each lasts;
-    or with fps what is on display so many times a second. low: where floats begin, as far as others tell.
-    Raises ValueError: broken, oversized, of no known kind, or shorter than the cut.
+    The cut counts frames as they are shown: a film's own; those of an animation, some of them again since
+    they last longer; or with fps what is on display so many times a second. low: where floats begin in all
+    clips of the folder (1: in this one). Raises ValueError: broken, oversized, of no known kind, or shorter
+    than the cut.
     """
     with _readable(path):
         order, _ = _shown(path, fps)
@@ -103,7 +105,7 @@ def decode(path: Path, size: int, channels: int, cut: slice = slice(None), fps: 
 
 
 def _shown(path, fps=0):
-    """The numbers of a clip's frames in the order in which they are shown, and how many seconds that takes."""
+    """The numbers of a clip's frames in the order in which they are shown, and the seconds it takes."""
     if path.suffix.lower() in ARRAYS:
         return range(len(_array(path))), 0.0
     if path.is_dir():
@@ -152,7 +154,8 @@ def _animation(path, stamp):
 
 
 def _stills(folder):
-    return sorted((path for path in folder.glob("[!.]*") if path.suffix.lower() in STILLS), key=natural)
+    stills = [path for path in folder.glob("[!.]*") if path.suffix.lower() in STILLS]
+    return sorted(stills, key=natural)
 
 
 def _array(path):
@@ -163,9 +166,9 @@ def _array(path):
             raise ValueError(f"arrays {', '.join(array.files)}: one alone must have the shape of a clip")
         array = array[names[0]]
     if not _is_clip(array):
-        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed; of many "
-                         "clips in one array save each as a file: array[i], or array[:, i] where frames come "
-                         "first, as in Moving MNIST's test file")
+        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed; of "
+                         "many clips in one array save each as a file: array[i], or array[:, i] where frames "
+                         "come first, as in Moving MNIST's test file")
     return array
 
 
@@ -200,7 +203,8 @@ def _fit(image, size, channels):
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = ImageOps.fit(image.convert({1: "L", 3: "RGB"}[channels]), (size, size), Image.Resampling.BILINEAR)
+    image = image.convert({1: "L", 3: "RGB"}[channels])
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels)
 
 
@@ -230,22 +234,25 @@ def save_video(x: Tensor, path: str | Path, known: Tensor | Sequence | None = No
     stem = re.sub(r"\.(gif|webp|png)$", "", str(path))
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
     cells = _cells(_pixels(x), known)
-    columns = columns or ceil(sqrt(len(cells)))
+    if columns == 0:
+        columns = ceil(sqrt(len(cells)))
     blank = np.full_like(cells, GREY)[: -len(cells) % columns]
     grid = rearrange(np.concatenate([cells, blank]), "(r c) f h w d -> f (r h) (c w) d", c=columns)
     frames = list(map(Image.fromarray, grid))
     strip = Image.fromarray(rearrange(cells, "b f h w d -> (b h) (f w) d"))
     # One palette for all frames, or still parts flicker. It is exact up to 256 colours: grey without marks.
-    tall, height = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256), grid.shape[1]
-    indexed = [tall.crop((0, y, tall.width, y + height)) for y in range(0, tall.height, height)]
+    tall = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256)
+    _, height, width, _ = grid.shape
+    indexed = [tall.crop((0, y, width, y + height)) for y in range(0, tall.height, height)]
     timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
-    return [_write(Path(f"{stem}.gif"), indexed, optimize=False, **timing),
-            _write(Path(f"{stem}.webp"), frames, lossless=True, **timing), _write(Path(f"{stem}.png"), [strip])]
+    gif = _write(Path(f"{stem}.gif"), indexed, optimize=False, **timing)
+    webp = _write(Path(f"{stem}.webp"), frames, lossless=True, **timing)
+    return [gif, webp, _write(Path(f"{stem}.png"), [strip])]
 
 
 def save_clips(x: Tensor, folder: str | Path) -> list[Path]:
-    """Write each clip of x (B, C, F, H, W) in [-1, 1] alone, with no margin, as a uint8 array (F, H, W, C): 1.npy,
-    2.npy, ... in the folder. load_video and training read them exactly. Returns the paths.
+    """Write each clip of x (B, C, F, H, W) in [-1, 1] alone, with no margin, as a uint8 array (F, H, W, C):
+    1.npy, 2.npy, ... in the folder. load_video and training read them exactly. Returns the paths.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []

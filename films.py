@@ -38,7 +38,9 @@ def timeline(path: Path, stamp: tuple) -> np.ndarray:
 
 
 def pictures(path: Path, times: Sequence[float], size: int) -> Iterator[Image.Image]:
-    """The frames shown at times, which rise, as far as they can be decoded: upright, short side fitted to size."""
+    """The frames shown at these times, which rise, upright and fitted to size by their short side. One that
+    cannot be decoded is left out.
+    """
     with _opened(path) as (film, stream):
         for time, frame in _from(film, stream, times[0]):
             if time in times:
