@@ -77,7 +77,7 @@ def source_of(config: DataConfig) -> Callable[..., tuple]:
     s-th frame. The images of joint training are frames of more such clips.
     """
     if config.dataset == "video_folder":
-        found = video_folder(replace(config, num_images=0))  # the folder is looked at here, once
+        found = video_folder(replace(config, num_images=0))  # so that a folder is looked at once for both
         return partial(folder_clips, found)
     if config.dataset not in SOURCES:
         raise ValueError(f"--dataset {config.dataset} is not one of {', '.join(SOURCES)}, video_folder")
@@ -143,8 +143,9 @@ def _delivered(loader, device):
     try:
         for x, captions, faults in read:
             for fault in faults:
-                if fault not in told:
-                    told.add(fault)
+                clip, _, _ = fault.partition(": broken")
+                if clip not in told:
+                    told.add(clip)
                     print(f"skipped, {len(told)} so far: {fault}", file=sys.stderr)
             x = x.to(device, non_blocking=True)
             if x.dtype == torch.uint8:

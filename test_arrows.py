@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 PAPER = ("unet3d", "diffusion", "guidance", "sampling")
 ARROWS = {  # file: the files named here that it may import
     "presets": "", "text": "", "unet3d": "", "diffusion": "", "checkpoint": "", "machine": "", "optimizer": "",
-    "files": "",
+    "films": "", "files": "films",
     "config": "presets",
     "guidance": "diffusion",
     "sampling": "diffusion",

@@ -508,8 +508,8 @@ def hostile_folder(folder: Path) -> list[str]:
     np.save(folder / "pickled.npy", np.array([Harm(folder / "harm")], object), allow_pickle=True)
     bomb = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
-    (folder / "bomb.webp").write_bytes(bomb.getvalue())
-    return ["one frame.gif", "zero frames.gif", "truncated.gif", "pickled.npy", "bomb.webp"]
+    (folder / "bomb.gif").write_bytes(bomb.getvalue())
+    return ["one frame.gif", "zero frames.gif", "truncated.gif", "pickled.npy", "bomb.gif"]
 
 
 def test_hostile_videos_are_named_once_and_the_others_are_trained_on(
