@@ -134,11 +134,14 @@ def _listed(listing, root):
     lines = _text(listing).splitlines(keepends=True)
     if lines and "youtube_id" in lines[0]:
         return _kinetics(csv.DictReader(lines), root)
+    named = []
     try:
-        rows = list(csv.reader(lines, skipinitialspace=True, strict=True))
+        for row in csv.reader(lines, skipinitialspace=True, strict=True):
+            if row:
+                named.append(_row(row, root))
     except csv.Error as error:
         raise ValueError(f"--list {listing}: {error}") from None
-    return [_row(row, root) for row in rows if row]
+    return named
 
 
 def _kinetics(rows, root):
@@ -266,14 +269,14 @@ def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Gen
         frames, own = 1, np.repeat(beside["clips"], n // len(beside["clips"]))
         chosen = (own + rng.integers(1, max(len(found), 2), n)) % len(found)
     places, mirrored = rng.random(n), rng.random(n) < 0.5
-    cuts, numbers, faults = [], [], []
+    cuts, captions, numbers, faults = [], [], [], []
     for i, place, mirror in zip(chosen, places, mirrored):
         cut, number = _cut(found, i, frames, place, config, faults)
         if config.flip and mirror:
             cut = cut.flip(-1)
         cuts.append(cut)
+        captions.append(found[number].caption)
         numbers.append(number)
-    captions = [found[number].caption for number in numbers]
     return torch.stack(cuts), captions, {"clips": numbers, "faults": faults}
 
 

@@ -320,6 +320,37 @@ def test_a_start_says_what_is_held_out_cropped_turned_grey_and_how_fast_it_is(tm
     assert ("grey" in line) == (fields.get("channels") == 1)
 
 
+def test_a_clip_is_as_long_as_it_is_at_the_rate_asked_for(tmp_path, capsys):
+    first, *others = map(Image.fromarray, NOISE)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=40)  # ten frames, 0.4 s
+    array(tmp_path / "b.npy")  # knows no time
+    for fps, frames in ((0, [10, 10]), (12.5, [5, 10]), (50, [20, 10])):
+        found = [*video_folder(config(tmp_path, fps=fps, split="test")), *video_folder(config(tmp_path, fps=fps))]
+        assert [clip.frames for clip in sorted(found)] == frames
+    starts = set()
+    for x in next(batches(config(tmp_path, fps=50, split="test"), 200, 0))[0]:
+        starts.add(tuple(x[0, :, 0, 0].tolist()))
+    assert len(starts) == 17
+    with pytest.raises(ValueError, match="a.gif: 2 frames, 4 needed"):
+        video_folder(config(tmp_path, fps=5, split="test"))
+
+
+def test_a_broken_clip_is_named_once_whatever_is_said_of_it(tmp_path, capsys, monkeypatch):
+    (tmp_path / "test").mkdir()
+    for i in range(2):
+        array(tmp_path / f"train/{i}.npy")
+    whole = clips.decode
+
+    def decode(path, *given):
+        if path.name == "0.npy":
+            raise ValueError(f"{path}: broken or unusable, at {given[2].start}")
+        return whole(path, *given)
+
+    monkeypatch.setattr(clips, "decode", decode)
+    next(batches(config(tmp_path), 30, 0))
+    assert capsys.readouterr().err.count("0.npy: broken") == 1
+
+
 # ---- captions as people write them ---------------------------------------------------------------------------
 
 

@@ -50,6 +50,12 @@ def test_fps_samples_an_animation_by_its_delays(tmp_path, name):
         assert np.array_equal(decode(path, 16, 3, fps=fps), shown), fps
 
 
+def test_the_commonest_delay_is_one_frame_and_none_is_lost(tmp_path):
+    grey = np.repeat(NOISE[:6, ..., :1], 3, 3)
+    path = animation(tmp_path / "a.webp", grey, [100, 30, 100, 260, 100, 40], lossless=True)
+    assert np.array_equal(decode(path, 16, 3), grey[[0, 1, 2, 3, 3, 3, 4, 5]].transpose(3, 0, 1, 2))
+
+
 @pytest.mark.parametrize("delay", [0, 10])
 @pytest.mark.parametrize("name", KINDS)
 def test_delays_that_no_browser_believes_are_a_tenth_of_a_second(tmp_path, name, delay):
