@@ -18,7 +18,7 @@ import checkpoint
 import config
 from autoencoder import Autoencoder
 from data import batches
-from files import load_video, save_clips, save_video
+from files import ARRAYS, load_video, save_clips, save_video
 from infill import (SMALL, Given, Model, SampleConfig, fill, load_model, nothing, overlap, show, show_small,
                     smaller)
 from machine import Machine, start
@@ -125,8 +125,10 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
         return drawn_by_base(model, s, frames)
     if not s.input:
         return test_clips(model, s, frames, stride)
-    data = model.data  # at whose speed a film is read
-    x = load_video(s.input, data.size, data.channels, frames, min(data.frame_stride), data.fps)
+    data, stride = model.data, 1
+    if Path(s.input).suffix not in ARRAYS:  # an array is at the model's speed already
+        stride = min(data.frame_stride)
+    x = load_video(s.input, data.size, data.channels, frames, stride, data.fps)
     return x.expand(s.num, -1, -1, -1, -1)
 
 
