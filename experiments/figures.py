@@ -264,7 +264,7 @@ def mask(steps: int) -> Any:
             ("w_t = 0", 0.0, 0.0),
             ("w_t = 1, λ > −3", 1.0, -3.0),
             ("w_t = 1, λ > −8", 1.0, -8.0)):
-        rows[name] = drawn(UNCAPTIONED, seed=10, steps=steps, w_t=w_t, w_t_from=at)
+        rows[name] = drawn(UNCAPTIONED, seed=3, steps=steps, w_t=w_t, w_t_from=at)
     figure, axes = strips(rows, (), ["may", "does"], 3.4, 7)
     may = isolate(20, 4, torch.device("cpu"))
     matrix(axes["may"], may, "16 frames, 4 images; white: may", cmap="gray")
