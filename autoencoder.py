@@ -1,7 +1,6 @@
 """MagicVideo (Zhou et al. 2022): an autoencoder of single frames, in whose latents a network diffuses.
 
 Each frame is encoded alone. Clean frames are encoded and their latents diffused, never the other way round.
-With --video_decoder two layers of directed attention over time join the decoder, so that frames agree.
 """
 import math
 from dataclasses import dataclass, replace
@@ -11,8 +10,7 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from magicvideo import DirectedMix
-from unet3d import Attention, Norm, UNetConfig, isolate, zero
+from unet3d import Norm, UNetConfig, zero
 
 
 @dataclass
@@ -23,7 +21,6 @@ class AutoencoderConfig:
     latent_channels: int = 4  # [1, 64] channels of a latent
     width: int = 32  # [8, 1024] autoencoder: channels inside
     kl_weight: float = 1e-4  # [0, 1] autoencoder: weight of the KL divergence from N(0, 1), in mean nats
-    video_decoder: bool = False  # autoencoder: directed attention over time in the decoder
 
     def __post_init__(self):
         if self.factor not in (2, 4, 8, 16):
@@ -44,9 +41,9 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Videos (B, C, F + num_images, H, W) in [-1, 1] to latents, factor times smaller, and back.
+    """Videos (B, C, F, H, W) in [-1, 1] to latents, factor times smaller, and back.
 
-    A call is a training pass: (x, num_images) -> reconstruction, mean, logvar. scale is a part of the
+    A call is a training pass: x -> reconstruction, mean, logvar. scale is a part of the
     weights: 1 over the standard deviation of the means, once measure() has seen some clips.
     """
     bounded = False  # see Pixels
@@ -65,11 +62,6 @@ class Autoencoder(nn.Module):
                                      nn.Conv2d(dim, 2 * config.latent_channels, 1))
         self.entry = nn.Sequential(nn.Conv2d(config.latent_channels, dim, 3, padding=1),
                                    Residual(dim))
-        self.time = nn.ModuleList()
-        if config.video_decoder:
-            for _ in range(2):
-                attention = Attention(dim, max(8, dim // 4), DirectedMix())
-                self.time.append(attention)
         up = []
         for _ in range(levels):
             up.append(nn.Upsample(scale_factor=2))
@@ -86,20 +78,17 @@ class Autoencoder(nn.Module):
         out = rearrange(out, "(b f) c h w -> b c f h w", b=len(x))
         return out.chunk(2, dim=1)
 
-    def decode(self, y: Tensor, num_images: int = 0) -> Tensor:
-        """The video of the latents y, unscaled; attention over time leaves image frames to themselves."""
-        mask = isolate(y.shape[2], num_images, y.device)
-        h = self.entry(rearrange(y, "b c f h w -> (b f) c h w"))
-        for attention in self.time:
-            h = attention(h, mask)
-        x = self.exit(h).float()
+    def decode(self, y: Tensor) -> Tensor:
+        """The video of the latents y, unscaled."""
+        frames = rearrange(y, "b c f h w -> (b f) c h w")
+        x = self.exit(self.entry(frames)).float()
         return rearrange(x, "(b f) c h w -> b c f h w", b=len(y))
 
-    def forward(self, x: Tensor, num_images: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = self.encode(x)
         std = (logvar / 2).exp()
         y = mean + std * torch.randn_like(mean)
-        return self.decode(y, num_images), mean, logvar
+        return self.decode(y), mean, logvar
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
@@ -160,8 +149,8 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return (mean.square() + logvar.exp() - 1 - logvar) / 2
 
 
-def loss(network: nn.Module, x: Tensor, config: AutoencoderConfig, num_images: int = 0) -> Tensor:
+def loss(network: nn.Module, x: Tensor, config: AutoencoderConfig) -> Tensor:
     """Mean squared error of the reconstruction plus kl_weight times the mean KL; a number."""
-    reconstruction, mean, logvar = network(x, num_images)
+    reconstruction, mean, logvar = network(x)
     error = nnf.mse_loss(reconstruction, x)
     return error + config.kl_weight * kl(mean, logvar).mean()

@@ -51,18 +51,10 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """The content that save() wrote, on the CPU. No code in it is run.
 
-    Raises ValueError with one sentence if it is not there or damaged, which offers an older one that is not.
+    Raises ValueError with one sentence if it is not there or damaged.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
-    try:
-        return _read(path)
-    except ValueError as error:
-        raise ValueError(f"{error}{_offer(path)}") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are none
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,15 +68,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, MemoryError):
         raise
     except Exception:  # damaged files make torch.load raise nearly anything
-        raise ValueError(f"{path} is not a checkpoint of this project, or it is damaged") from None
-
-
-def _offer(path: Path) -> str:
-    for older in sorted(path.parent.glob("checkpoint_*.pt"), reverse=True):
-        with contextlib.suppress(ValueError, OSError):
-            if older.name < path.name and _read(older):
-                return f"; {older.name} beside it is intact: it is used once all newer files are deleted"
-    return ""
+        raise ValueError(f"{path} is not a checkpoint of this project, or it is damaged; where older ones lie "
+                         "beside it, delete it and the newest of them is used") from None
 
 
 @contextlib.contextmanager

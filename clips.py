@@ -1,15 +1,15 @@
-"""Clips to train on: which there are in a folder or a list, and what their headers say, kept in an index.
+"""Clips to train on: which there are in a folder or a list, what is known of each, and cuts drawn from them.
 
-Films are looked at, not decoded: a header takes about a millisecond, and only files that are new or changed
-are looked at again.
+Before a run starts the packets of films are read, which takes some milliseconds each. An index keeps what
+they say.
 """
 import contextlib
 import csv
-import hashlib
 import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,198 +21,274 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import replacing
-from files import CLIPS, STILLS, decode, natural, probe
+from files import CLIPS, STILLS, decode, natural, probe, stamp, ticks
 
 Named = list[tuple[Path, str]]  # clips and their captions
 
 
-def list_videos(data_dir: str, listing: str, split: str) -> Named:
-    """The clips of a split with their captions, in an order that depends on their names alone.
+class VideoFile(NamedTuple):
+    """A clip that is long enough."""
+    path: Path
+    caption: str
+    frames: int  # as many as it has at --fps
+    low: int  # where floats begin, in all clips of its folder
+
+
+# ---- which there are -------------------------------------------------------------------------------------
+
+
+def list_videos(data_dir: str, listing: str, split: str) -> tuple[Named, int]:
+    """The clips of a split with their captions, in an order that depends on their names alone; and how many
+    are held out for the other split.
 
     Without a listing all clips in data_dir. The test clips are those in a subfolder test beside train, or in
     a list named test where listing says train, or else every tenth one (a single clip is both). Raises
-    ValueError: no such folder, no such list.
+    ValueError: no such folder, no such list, or a caption in an unknown encoding.
     """
     root = Path(data_dir)
     if not (data_dir or listing) or not root.is_dir():
         raise ValueError(f"data_dir is {data_dir!r}, but video_folder needs a folder of clips")
     if listing:
-        file, parts = Path(listing), Path(listing).with_name(Path(listing).name.replace("train", "test"))
-        apart = file != parts and parts.is_file()
-        clips = _listed(parts if apart and split == "test" else file, root)
+        file = Path(listing)
+        other = file.with_name(file.name.replace("train", "test"))
+        apart = other != file and other.is_file()
+        if apart and split == "test":
+            file = other
+        clips = _listed(file, root)
     else:
         apart = (root / "train").is_dir() and (root / "test").is_dir()
-        clips = _found(root / split if apart else root)
+        if apart:
+            root = root / split
+        clips = _found(root)
+    if apart or len(clips) == 1:
+        return clips, 0
     # Divided before any is looked at: which one is for testing must not depend on the length asked for.
-    return [clip for i, clip in enumerate(clips)
-            if apart or len(clips) == 1 or (i % 10 == 0) == (split == "test")]
+    test = clips[::10]
+    del clips[::10]
+    if split == "test":
+        return test, len(clips)
+    return clips, len(test)
 
 
-def _found(root: Path) -> Named:
-    clips = []
-    for folder, inside, names in os.walk(root):
-        inside[:] = [name for name in inside if name[0] != "."]
-        here = [Path(folder, name) for name in names if name[0] != "." and _is_clip(folder, name)]
-        if not here and any(name[0] != "." and name.lower().endswith(STILLS) for name in names):
-            here = [Path(folder)]  # a folder of frames
+def _found(root):
+    clips, left, seen = [], Counter(), set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # by a link
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if name[0] != ".")
+        paths = {Path(folder, name) for name in names if name[0] != "."}
+        here = set(filter(_is_clip, paths))
+        stills = {path for path in paths if path.suffix.lower() in STILLS}
+        if stills and not here:
+            here = {Path(folder)}  # a folder of frames
+            paths -= stills
         clips += here
+        for path in paths - here:
+            left[path.suffix.lower() or "without suffix"] += 1
+    del left[".txt"]  # captions
+    if left:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
+        print(f"left out of {root}: {kinds}", file=sys.stderr)
     return [(clip, _caption(clip, root)) for clip in sorted(clips, key=natural)]
 
 
-def _is_clip(folder: str, name: str) -> bool:
-    if name.lower().endswith(".png"):  # an animated one says so before its first pixels
-        with contextlib.suppress(OSError), open(Path(folder, name), "rb") as file:
-            return b"acTL" in file.read(2**16).partition(b"IDAT")[0]
-    return name.lower().endswith(CLIPS)
+def _is_clip(path):
+    kind = path.suffix.lower()
+    if kind not in (".png", ".webp"):
+        return kind in CLIPS
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(2**16).partition(b"IDAT")[0]
+        return b"acTL" in head or b"ANIM" in head  # an animated one says so before its first pixels
+    return False
 
 
-def _caption(clip: Path, root: Path) -> str:
-    text = clip.parent / f"{clip.name if clip.is_dir() else clip.stem}.txt"
-    label = "" if root in (clip, clip.parent) else clip.parent.name
-    return " ".join(text.read_text("utf-8-sig", "replace").split()) if text.is_file() else label
+def _caption(clip, root):
+    file = clip.with_suffix(".txt")
+    if clip.is_dir():
+        file = clip.with_name(clip.name + ".txt")
+    if file.is_file():
+        return " ".join(_text(file).split())
+    if root in (clip, clip.parent):
+        return ""
+    return clip.parent.name
 
 
-def _listed(listing: Path, root: Path) -> Named:
-    """A line is a path, and a caption or a class number (UCF-101), or it is one of Kinetics' csv files. Where
-    the clip has been packed, that is taken.
-    """
+def _text(file):
     try:
-        lines = listing.read_text("utf-8-sig").splitlines()
+        content, encoding = file.read_bytes(), "utf-8-sig"
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            encoding = "utf-16"
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise UnicodeError("it holds zeros")
+        return text
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"--list {listing} cannot be read: {error}") from None
+        raise ValueError(f"{file} cannot be read as UTF-8 or marked UTF-16: {error}") from None
+
+
+def _listed(listing, root):
+    """A row is a path, and a caption or a class number (UCF-101), or it is one of Kinetics' csv files."""
+    lines = _text(listing).splitlines(keepends=True)
     if lines and "youtube_id" in lines[0]:
-        films = {clip.name.partition(".")[0]: clip for clip, _ in _found(root)}
-        names = [(f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}", row["label"])
-                 for row in csv.DictReader(lines)]
-        return [(films.get(name, root / f"{name}.mp4"), label) for name, label in names]
-    ending = "|".join(map(re.escape, CLIPS))
-    pattern = re.compile(rf'"?(.+?(?:{ending})|[^\s,]+)"?(?:[\s,]+"?(.*?)"?)?\s*', re.IGNORECASE)
-    pairs = [pattern.fullmatch(line).groups() for line in lines if line.strip()]
-    named = []
-    for name, text in pairs:
-        path = packed if (packed := root / f"{name}.npy").exists() else root / name  # see experiments/pack.py
-        named.append((path, _caption(path, root) if (text or "0").isdecimal() else text))
+        return _kinetics(csv.DictReader(lines), root)
+    try:
+        rows = list(csv.reader(lines, skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"--list {listing}: {error}") from None
+    return [_row(row, root) for row in rows if row]
+
+
+def _kinetics(rows, root):
+    films, named = {}, []
+    for film, _ in _found(root):
+        films[film.name.partition(".")[0]] = film
+    for row in rows:
+        name = f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}"
+        named.append((films.get(name, root / f"{name}.mp4"), row["label"]))
     return named
 
 
-def look(clips: Sequence[Path], root: Path) -> list[tuple[int, float] | str]:
-    """Frames and rate of each clip as probe finds them, or the reason why it is unusable.
+def _row(row, root):
+    name, text = row[0].strip(), "".join(row[1:2])
+    if not name.lower().endswith(CLIPS) and not os.path.exists(root / name):
+        endings = "|".join(map(re.escape, CLIPS))
+        # It is no csv but a path, a blank and a caption.
+        pattern = rf"(.+?(?:{endings})|[^\s,]+)(?:[\s,]+(.*))?"
+        name, text = re.fullmatch(pattern, ", ".join(row).strip(), re.I | re.S).groups("")
+    path = root / f"{name}.npy"  # where experiments/pack.py has packed it
+    if not path.exists():
+        path = root / name
+    if not text or text.isdecimal():
+        text = _caption(path, root)
+    return path, " ".join(text.split())
 
-    What is found is kept in an index, .clips.json in root, or in runs where root cannot be written to. A clip
-    whose size or time of change is not the one noted there is looked at again.
+
+# ---- what is known of each -------------------------------------------------------------------------------
+
+
+def look(paths: Sequence[Path], root: Path) -> list[Sequence | str]:
+    """What probe finds of each clip, or the reason why it is unusable. It is kept in an index, .clips.json in
+    root, if that can be written to.
     """
-    name = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
-    indexes = root / ".clips.json", Path("runs", f"clips-{name}.json")
-    known = {name: entry for index in indexes for name, entry in _read(index).items()}
-    names, stamps = [os.path.relpath(clip, root) for clip in clips], [_stamp(clip) for clip in clips]
-    new = {name: clip for name, clip, stamp in zip(names, clips, stamps) if known.get(name, [0])[0] != stamp}
-    reasons = {}
+    index, known = root / ".clips.json", {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # what is lost is made anew
+        known = dict(json.loads(index.read_text()))
+    keys = [f"{os.path.relpath(path, root)} {stamp(path)}" for path in paths]
+    new = {key: path for key, path in zip(keys, paths) if key not in known}
     try:
-        with ThreadPoolExecutor() as pool:  # FFmpeg lets go of Python's lock while it reads
-            answers = tqdm(pool.map(_answer, new.values()), "looking at clips", len(new), disable=len(new) < 100)
-            for name, answer in zip(new, answers):
-                if isinstance(answer, str):
-                    reasons[name] = answer  # not kept: the file may be whole, and av missing
-                else:
-                    known[name] = [_stamp(new[name]), *answer]
+        with ThreadPoolExecutor() as pool:
+            answers = pool.map(_answer, new.values())
+            known.update(zip(new, tqdm(answers, "looking at clips", len(new), disable=len(new) < 100)))
     finally:
         if new:
-            _write(known, indexes)
-    return [reasons.get(name) or tuple(known[name][1:]) for name in names]
+            _write(known, index)
+    return [known[key] for key in keys]
 
 
-def _answer(clip: Path) -> tuple[int, float] | str:
+def lowest(answers: Sequence[Sequence | str]) -> int:
+    """Where floats begin in all clips of a folder: at -1 if they do so in one of them."""
+    return min((answer[2] for answer in answers if not isinstance(answer, str)), default=1)
+
+
+def _answer(path):
     try:
-        return probe(clip)
+        return probe(path)
     except ValueError as error:
         return str(error)
 
 
-def _stamp(clip: Path) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [(stat := clip.stat()).st_size, stat.st_mtime_ns]
-    return []
-
-
-def _read(index: Path) -> dict[str, list]:
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # what is lost is made anew
-        return {name: [stamp, int(frames), float(rate)]
-                for name, (stamp, frames, rate) in json.loads(index.read_text()).items()}
-    return {}
-
-
-def _write(known: dict[str, list], indexes: Sequence[Path]) -> None:
-    for index in indexes:
-        with contextlib.suppress(OSError):
-            index.parent.mkdir(exist_ok=True)
-            with replacing(index) as file:
-                file.write_text(json.dumps(known))
-            return
+def _write(known, index):
+    whole = {key: answer for key, answer in known.items() if not isinstance(answer, str)}
+    with contextlib.suppress(OSError), replacing(index) as file:
+        file.write_text(json.dumps(whole))
 
 
 # ---- cuts ------------------------------------------------------------------------------------------------
 
-class VideoFile(NamedTuple):
-    """A clip that is long enough, as many frames as it has at --fps."""
-    path: Path
-    caption: str
-    frames: int
-
 
 @cache
 def video_folder(config: Any) -> list[VideoFile]:
-    """The usable clips of the split in data_dir, by their headers; others are skipped, and named on stderr.
+    """The usable clips of the split in data_dir of a DataConfig; others are skipped, and named on stderr.
 
     ValueError: no such folder or list, or no usable clip in it.
     """
-    named, root = list_videos(config.data_dir, config.list, config.split), Path(config.data_dir)
-    needed, usable, bad = (config.frames - 1) * max(config.frame_stride) + 1, [], []
-    for (path, caption), seen in zip(named, look([path for path, _ in named], root)):
-        if isinstance(seen, str):
-            bad.append(seen)
+    named, held = list_videos(config.data_dir, config.list, config.split)
+    answers = look([path for path, _ in named], Path(config.data_dir))
+    needed = (config.frames - 1) * max(config.frame_stride) + 1
+    low, usable, bad, rates = lowest(answers), [], [], []
+    for (path, caption), answer in zip(named, answers):
+        if isinstance(answer, str):
+            bad.append(answer)
             continue
-        frames, rate = seen
-        frames = int(frames * config.fps / rate + 1e-6) if config.fps and rate else frames
+        frames, seconds, _ = answer
+        if seconds:
+            rates.append(frames / seconds)
+            frames = ticks(frames, seconds, config.fps)
         if frames < needed:
             bad.append(f"{path}: {frames} frames, {needed} needed")
         else:
-            usable.append(VideoFile(path, caption, frames))
-    more = f"; and {len(bad) - 20} more" * (len(bad) > 20)
-    report = f"skipped {len(bad)} of {len(named)} clips: {'; '.join(bad[:20])}{more}" if bad else "there is none"
+            usable.append(VideoFile(path, caption, frames, low))
+    report = f"skipped {len(bad)} of {len(named)} clips: {'; '.join(bad[:20])}"
     if not usable:
-        raise ValueError(f"no usable clip for the {config.split} split in {config.list or root}: {report}")
+        where = config.list or config.data_dir
+        raise ValueError(f"no usable clip for the {config.split} split in {where}: {report}")
     if bad:
         print(report, file=sys.stderr)
+    print(f"{len(usable)} clips to {config.split}, {held} held out; {_read_as(config, rates, low)}")
     return usable
 
 
-def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Generator,
-                 device: Any = None, beside: dict | None = None) -> tuple:
-    """n cuts (n, C, F, S, S) as uint8, drawn by rng: a clip, a start and whether it is mirrored; captions, and
-    the truth: clips, and faults. beside: the truth of clips beside which single frames go.
+def _read_as(config, rates, low):
+    """How the clips of a folder become tensors, for people."""
+    said = f"the middle of each, {config.size} x {config.size} px"
+    if config.channels == 1:
+        said += ", grey (--channels 3 keeps colours)"
+    if config.fps:
+        said += f", at {config.fps:g} frames a second"
+    elif rates:
+        said += f", at its own rate, {min(rates):.4g} to {max(rates):.4g} frames a second"
+    if low < 1:
+        said += f"; floats are from {low} to 1"
+    return said
+
+
+def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Generator, device: Any = None,
+                 beside: dict | None = None) -> tuple:
+    """n cuts of clips (n, C, F, S, S) as uint8, their captions, and the truth: which clips, and faults, a
+    sentence for each that could not be read. beside: the truth of clips beside which single frames are to go.
     """
     if beside is None:
         frames, chosen = config.frames, rng.integers(0, len(found), n)
-    else:  # single frames, each from any clip but the one it goes beside, unless there is no other
-        frames, chosen = 1, np.repeat(beside["clips"], n // len(beside["clips"]))
-        chosen = (chosen + rng.integers(1, max(len(found), 2), n)) % len(found)
-    where, mirrored, faults = rng.random(n), rng.random(n) < 0.5, []
-    cuts, chosen = zip(*(_cut(found, i, frames, u, config, faults) for i, u in zip(chosen, where)))
-    cuts = [cut.flip(-1) if config.flip and mirror else cut for cut, mirror in zip(cuts, mirrored)]
-    truth = {"clips": chosen, "faults": faults}
-    return torch.stack(cuts), [found[i].caption for i in chosen], truth
+    else:  # frames of any clip but the one they go beside, unless there is no other
+        frames, own = 1, np.repeat(beside["clips"], n // len(beside["clips"]))
+        chosen = (own + rng.integers(1, max(len(found), 2), n)) % len(found)
+    places, mirrored = rng.random(n), rng.random(n) < 0.5
+    cuts, numbers, faults = [], [], []
+    for i, place, mirror in zip(chosen, places, mirrored):
+        cut, number = _cut(found, i, frames, place, config, faults)
+        if config.flip and mirror:
+            cut = cut.flip(-1)
+        cuts.append(cut)
+        numbers.append(number)
+    captions = [found[number].caption for number in numbers]
+    return torch.stack(cuts), captions, {"clips": numbers, "faults": faults}
 
 
-def _cut(found: list[VideoFile], i: int, frames: int, where: float, config: Any, faults: list) -> tuple:
-    """Frames of clip i, or of the next one that can be decoded."""
+def _cut(found, i, frames, place, config, faults):
+    """A cut of clip i, or of the next one that can be decoded, and that one's number."""
     step = config.frame_stride[0]
     span = (frames - 1) * step + 1
-    for j in range(i, i + len(found)):
-        clip = found[j % len(found)]
-        start = int(where * (clip.frames - span + 1))
+    for number in range(i, i + len(found) + 9):
+        clip = found[number % len(found)]
+        start = int(place * (clip.frames - span + 1))
+        cut = slice(start, start + span, step)
         try:
-            cut = slice(start, start + span, step)
-            return decode(clip.path, config.size, config.channels, cut, config.fps), j % len(found)
+            pixels = decode(clip.path, config.size, config.channels, cut, config.fps, clip.low)
+            return pixels, number % len(found)
         except ValueError as error:
             faults.append(str(error))
+        place = (place + 0.618) % 1  # of a single clip, another part
     raise ValueError(f"none of {len(found)} clips can be decoded: {faults[0]}")

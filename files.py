@@ -5,8 +5,10 @@ Tensors are (C, F, H, W) or (B, C, F, H, W) floats in [-1, 1]. Whatever is wrong
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice, pairwise
+from functools import lru_cache
+from math import ceil, sqrt
 from pathlib import Path
+from statistics import multimode
 
 import numpy as np
 import torch
@@ -14,19 +16,26 @@ from einops import rearrange, repeat
 from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
-STILLS, FILMS = (".png", ".jpg", ".jpeg", ".bmp"), (".mp4", ".avi", ".mov", ".mkv", ".webm")
-ARRAYS, IMAGES = (".npy", ".npz"), ("GIF", "WEBP", "PNG", "JPEG", "BMP")
+from films import FILMS, MAX_FRAME, pictures, timeline
+
+STILLS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+ARRAYS = (".npy", ".npz")
 CLIPS = (".gif", ".webp", ".apng", *ARRAYS, *FILMS)
-MAX_FRAME, MAX_CLIP = 2**26, 2**31  # pixels of a frame as it is in the file, and of all that are kept
-WHOLE = slice(0, None, 1)
+IMAGES = ("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF", "PPM")  # Pillow's readers that only decode pixels
 
 
-def load_video(path: str | Path, size: int, channels: int) -> Tensor:
-    """All frames of a clip, (C, F, size, size) in [-1, 1]: short side fitted to size, centre cropped.
+def load_video(path: str | Path, size: int, channels: int, frames: int = 0, stride: int = 1,
+               fps: float = 0) -> Tensor:
+    """The first frames (0: all) of every stride-th one of a clip, (C, F, size, size) in [-1, 1]: short side
+    fitted to size, centre cropped. fps: see decode. Nothing behind them is decoded.
 
-    A clip is a GIF, WebP, (A)PNG, npy, npz or film file, or a folder of stills. ValueError: not readable.
+    A clip is a film, GIF, WebP, (A)PNG, npy or npz file, or a folder of stills. ValueError: not readable, or
+    too short.
     """
-    return to_float(decode(Path(path), size, channels))
+    cut = slice(0, None, stride)
+    if frames:
+        cut = slice(0, (frames - 1) * stride + 1, stride)
+    return to_float(decode(Path(path), size, channels, cut, fps))
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -34,149 +43,180 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.div(127.5).sub_(1)  # 0 and 255 become -1 and 1 exactly
 
 
-def natural(path: Path) -> list:
+def natural(path: Path) -> list[str | int]:
     """A key that sorts frame 10 after frame 9."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
+    parts = re.split(r"(\d+)", str(path))
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
-def probe(path: Path) -> tuple[int, float]:
-    """How many frames a clip has, and how many a second (0 if it is no film), by its header: nothing is
-    decoded. Raises ValueError as decode does.
+def stamp(path: Path) -> tuple[int, ...]:
+    """What is another when a file is another: its size and time of change."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return ()
+
+
+def ticks(frames: int, seconds: float, fps: float) -> int:
+    """How many frames a clip has when it is shown at fps frames a second; 0 is its own rate."""
+    if fps == 0:
+        return frames
+    return int((seconds + 1e-3) * fps)  # containers round times to a millisecond
+
+
+def probe(path: Path) -> tuple[int, float, int]:
+    """How many frames a clip has, in how many seconds (0: arrays and folders of stills know no time), and
+    where the range of an array of floats begins, at -1 or 0 (1: all others). Of a film only packets are read.
+    Raises ValueError as decode does.
     """
     with _readable(path):
-        if path.suffix.lower() in FILMS:
-            with _opened(path) as (film, stream, rate):
-                frames = stream.frames or round((film.duration or 0) / 1_000_000 * rate)
-                return frames or sum(packet.size > 0 for packet in film.demux(stream)), rate
-        if path.is_dir():
-            return len(_stills(path)), 0.0
+        low = 1
         if path.suffix.lower() in ARRAYS:
-            return len(_array(path)), 0.0
-        with Image.open(path, formats=IMAGES) as image:
-            return getattr(image, "n_frames", 1), 0.0
+            low = _low(_array(path))
+        order, seconds = _shown(path)
+        return len(order), seconds, low
 
 
-def decode(path: Path, size: int, channels: int, cut: slice = WHOLE, fps: float = 0) -> Tensor:
+def decode(path: Path, size: int, channels: int, cut: slice = slice(None), fps: float = 0,
+           low: int = 1) -> Tensor:
     """The frames of a cut, range(start, stop, step), of a clip as uint8 (C, F, size, size).
 
-    A film is decoded from the key frame before the cut on. The cut starts at a time, start over the film's
-    mean rate; with fps the film is resampled, and the cut counts the new frames. Raises ValueError: broken,
-    oversized, of no known kind, or shorter than the cut.
+    The cut counts frames as they are shown: a film's own; those of an animation, some of them again since
+    they last longer; or with fps what is on display so many times a second. low: where floats begin in all
+    clips of the folder (1: in this one). Raises ValueError: broken, oversized, of no known kind, or shorter
+    than the cut.
     """
-    frames, wanted = [], len(range(cut.start, cut.stop, cut.step)) if cut.stop else None
     with _readable(path):
-        for image in islice(_frames(path, size, cut, fps), wanted):
-            _bound(image.width * image.height, (len(frames) + 1) * size * size)
+        order, _ = _shown(path, fps)
+        needed = cut.stop or 1
+        if len(order) < needed:
+            raise ValueError(f"{len(order)} frames, {needed} needed")
+        numbers, again = np.unique(order[cut], return_inverse=True)
+        frames = []
+        for image in _images(path, numbers, size, low):
             frames.append(_fit(image, size, channels))
-        if cut.start and len(frames) < wanted:  # where the rate changes, or a header promises too much
-            return decode(path, size, channels, slice(0, cut.stop - cut.start, cut.step), fps)
-        if len(frames) < (wanted or 1):
-            raise ValueError(f"{len(frames)} frames, {wanted or 1} needed")
-        return rearrange(torch.stack(frames), "f h w c -> c f h w").contiguous()
+        if len(frames) < len(numbers):
+            raise ValueError("not all of it can be decoded")
+        return rearrange(torch.stack(frames)[again], "f h w c -> c f h w").contiguous()
+
+
+# ---- the four kinds of clips -----------------------------------------------------------------------------
+
+
+def _shown(path, fps=0):
+    """The numbers of a clip's frames in the order in which they are shown, and the seconds it takes."""
+    if path.suffix.lower() in ARRAYS:
+        return range(len(_array(path))), 0.0
+    if path.is_dir():
+        return range(len(_stills(path))), 0.0
+    if path.suffix.lower() in FILMS:
+        times = timeline(path, stamp(path))
+        times, order = times - times[0], np.arange(len(times) - 1)
+    else:
+        times, order = _animation(path, stamp(path))
+    if fps:
+        moments = np.arange(ticks(0, times[-1], fps)) / fps
+        order = np.searchsorted(times[:-1], moments + 1e-3, side="right") - 1
+    return order, float(times[-1])
+
+
+def _images(path, numbers, size, low):
+    """The frames of these numbers, which rise."""
+    if path.suffix.lower() in ARRAYS:
+        yield from map(Image.fromarray, _as_bytes(_array(path), numbers, low))
+    elif path.suffix.lower() in FILMS:
+        yield from pictures(path, timeline(path, stamp(path))[numbers], size)
+    elif path.is_dir():
+        stills = _stills(path)
+        for number in numbers:
+            yield Image.open(stills[number], formats=IMAGES)
+    else:
+        image = Image.open(path, formats=IMAGES)  # Pillow goes by content, not by name
+        for number in numbers:
+            image.seek(number)
+            yield image
+
+
+@lru_cache(256)
+def _animation(path, stamp):
+    """When each frame begins and the last one ends, in seconds; and the order in which frames are shown."""
+    delays = []
+    for frame in ImageSequence.Iterator(Image.open(path, formats=IMAGES)):
+        frame.load()  # only then a WebP knows its delay
+        delay = frame.info.get("duration", 0)
+        if delay <= 10:
+            delay = 100  # milliseconds, as browsers take it
+        delays.append(delay)
+    # Writers merge equal neighbours: what lasts twice as long as most frames do was two.
+    times = np.rint(np.array(delays) / min(multimode(delays))).clip(1).astype(int)
+    return np.cumsum([0, *delays]) / 1000, np.repeat(np.arange(len(delays)), times)
+
+
+def _stills(folder):
+    stills = [path for path in folder.glob("[!.]*") if path.suffix.lower() in STILLS]
+    return sorted(stills, key=natural)
+
+
+def _array(path):
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
+    if path.suffix.lower() == ".npz":
+        names = [name for name in array.files if _is_clip(array[name])]
+        if len(names) != 1:
+            raise ValueError(f"arrays {', '.join(array.files)}: one alone must have the shape of a clip")
+        array = array[names[0]]
+    if not _is_clip(array):
+        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed; of "
+                         "many clips in one array save each as a file: array[i], or array[:, i] where frames "
+                         "come first, as in Moving MNIST's test file")
+    return array
+
+
+def _is_clip(array):
+    return array.ndim == 3 or array.shape[3:] in ((1,), (3,), (4,))
+
+
+def _low(array):
+    if array.dtype == np.uint8:
+        return 1
+    low = array.min()
+    if array.dtype.kind != "f" or not (low >= -1 and array.max() <= 1):
+        raise ValueError("values that are neither uint8 nor floats in [0, 1] or [-1, 1]")
+    return int(np.floor(low))  # 1 if all are 1
+
+
+def _as_bytes(array, numbers, low):
+    frames = array[numbers]
+    if array.dtype != np.uint8:
+        low = min(0, low, _low(array))
+        frames = np.rint((frames - low) / (1 - low) * 255).astype(np.uint8)
+    if frames.shape[3:] == (1,):
+        frames = frames[..., 0]
+    return frames
+
+
+def _fit(image, size, channels):
+    if image.width * image.height > MAX_FRAME:
+        raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame")
+    if image.mode == "F":
+        raise ValueError("floats in a picture, whose range nobody knows")
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    image = image.convert({1: "L", 3: "RGB"}[channels])
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).reshape(size, size, channels)
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path):
     try:
         yield
     except Exception as error:  # a broken file makes decoders raise nearly anything, SyntaxError included
         reason = getattr(error, "strerror", None) or str(error) or repr(error)  # av's carry its path again
-        reason = "needs `pip install av`" if isinstance(error, ImportError) else reason
-        said = f"{path}: broken or unusable, "
-        raise ValueError(said + " ".join(reason.removeprefix(said).split())) from error
-
-
-def _bound(frame: int, kept: int = 0) -> None:
-    if frame > MAX_FRAME or kept > MAX_CLIP:
-        raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame or {MAX_CLIP} in all")
-
-
-def _frames(path: Path, size: int, cut: slice, fps: float) -> Iterator[Image.Image]:
-    if path.suffix.lower() in FILMS:
-        yield from _film(path, size, cut, fps)
-    elif path.is_dir():
-        for still in _stills(path)[cut]:
-            yield from _frames(still, size, slice(0, 1, 1), fps)
-    elif path.suffix.lower() in ARRAYS:
-        yield from map(Image.fromarray, _array(path)[cut])
-    else:
-        # Pillow goes by content, not by name: only these readers, none that does more than decode pixels.
-        with Image.open(path, formats=IMAGES) as image:
-            yield from islice(ImageSequence.Iterator(image), cut.start, cut.stop, cut.step)
-
-
-def _stills(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("[!.]*") if p.suffix.lower() in STILLS), key=natural)
-
-
-def _array(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
-    array = array if path.suffix.lower() == ".npy" else array["video" if array.files[1:] else array.files[0]]
-    if array.ndim != 3 and array.shape[3:] not in ((1,), (3,), (4,)):
-        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed")
-    if array.dtype != np.uint8:
-        if array.dtype.kind != "f" or not (array.min() >= -1 and array.max() <= 1):
-            raise ValueError("values that are neither uint8 nor floats in [0, 1] or [-1, 1]")
-        array = np.rint(array * 255 if array.min() >= 0 else (array + 1) * 127.5).astype(np.uint8)
-    return array[..., 0] if array.shape[3:] == (1,) else array
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple]:
-    import av  # optional, and only for this
-
-    with av.open(str(path), container_options={"protocol_whitelist": "file"}) as film:
-        stream = next(iter(film.streams.video), None)
-        rate = stream and (stream.average_rate or stream.guessed_rate)
-        if not rate:
-            raise ValueError("no moving pictures in it")
-        stream.codec_context.thread_count = 1  # data.py has other processes for the other cores
-        yield film, stream, float(rate)
-
-
-def _film(path: Path, size: int, cut: slice, fps: float) -> Iterator[Image.Image]:
-    with _opened(path) as (film, stream, rate):
-        begin = float((stream.start_time or 0) * stream.time_base) + cut.start / (fps or rate)
-        frames = _from(begin, film, stream, rate)
-        frames = _on_display(frames, begin, fps, rate) if fps else (
-            frame for time, frame in frames if time > begin - 0.5 / rate)
-        for frame in islice(frames, 0, None, cut.step):
-            _bound(frame.width * frame.height)
-            zoom = size / min(frame.width, frame.height)
-            small = frame.reformat(round(frame.width * zoom), round(frame.height * zoom), "rgb24",
-                                   interpolation="BILINEAR", threads=1)  # 5 to 30 times faster than Pillow
-            yield small.to_image().rotate(frame.rotation, expand=True)
-
-
-def _from(begin: float, film, stream, rate: float) -> Iterator[tuple]:
-    """(seconds, frame) from a key frame on that is shown at begin or before; an AVI knows no times."""
-    if film.format.name == "avi":
-        yield from ((i / rate, frame) for i, frame in enumerate(film.decode(stream)))
-        return
-    for back in (0, 5, begin):  # seconds: what is shown before a key frame may follow it in the file
-        film.seek(max(0, int((begin - back) / stream.time_base)), stream=stream)
-        frames = ((frame.time, frame) for frame in film.decode(stream))
-        first = next(frames, None)
-        if first is None or first[0] <= begin:
-            break
-    yield from chain([first] if first else [], frames)
-
-
-def _on_display(frames: Iterator[tuple], clock: float, fps: float, rate: float) -> Iterator:
-    for (time, frame), after in pairwise(chain(frames, [None])):
-        until = after[0] if after else time + 1 / rate
-        while clock < until - 1e-3:  # containers round times to a millisecond
-            yield frame
-            clock += 1 / fps
-
-
-def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = image.convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).reshape(size, size, channels)
+        if isinstance(error, ImportError):
+            reason = "needs `pip install av`"
+        raise ValueError(f"{path}: broken or unusable, {' '.join(reason.split())}") from error
 
 
 # ---- files to look at ------------------------------------------------------------------------------------
@@ -184,45 +224,64 @@ def _fit(image: Image.Image, size: int, channels: int) -> Tensor:
 ORANGE, GREY = (255, 140, 0), (64, 64, 64)  # the margin of a frame that was given, and of all others
 
 
-def save_video(x: Tensor, path: str | Path, known: Sequence | None = None, fps: float = 8,
+def save_video(x: Tensor, path: str | Path, known: Tensor | Sequence | None = None, fps: float = 8,
                columns: int = 0) -> list[Path]:
     """Write x (B, C, F, H, W) in [-1, 1] as a grid of clips, .gif and lossless .webp, and a film strip, .png.
 
-    Frames marked in known, F booleans or for each clip its own (B, F), get an orange margin. Returns the paths;
-    such a suffix is cut off.
+    Frames marked in known, F or (B, F) booleans, get an orange margin. columns: clips in a row of the grid; 0
+    makes it a square. Returns the paths; such a suffix is cut off.
     """
     stem = re.sub(r"\.(gif|webp|png)$", "", str(path))
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    cells = _cells(x, known)
-    columns = columns or int(np.ceil(np.sqrt(len(cells))))
+    cells = _cells(_pixels(x), known)
+    if columns == 0:
+        columns = ceil(sqrt(len(cells)))
     blank = np.full_like(cells, GREY)[: -len(cells) % columns]
     grid = rearrange(np.concatenate([cells, blank]), "(r c) f h w d -> f (r h) (c w) d", c=columns)
-    frames, strip = [Image.fromarray(frame) for frame in grid], rearrange(cells, "b f h w d -> (b h) (f w) d")
+    frames = list(map(Image.fromarray, grid))
+    strip = Image.fromarray(rearrange(cells, "b f h w d -> (b h) (f w) d"))
     # One palette for all frames, or still parts flicker. It is exact up to 256 colours: grey without marks.
-    tall, height = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256), grid.shape[1]
-    indexed = [tall.crop((0, y, tall.width, y + height)) for y in range(0, tall.height, height)]
+    tall = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256)
+    _, height, width, _ = grid.shape
+    indexed = [tall.crop((0, y, width, y + height)) for y in range(0, tall.height, height)]
     timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
     gif = _write(Path(f"{stem}.gif"), indexed, optimize=False, **timing)
     webp = _write(Path(f"{stem}.webp"), frames, lossless=True, **timing)
-    return [gif, webp, _write(Path(f"{stem}.png"), [Image.fromarray(strip)])]
+    return [gif, webp, _write(Path(f"{stem}.png"), [strip])]
 
 
-def _cells(x: Tensor, known: Sequence | None) -> np.ndarray:
+def save_clips(x: Tensor, folder: str | Path) -> list[Path]:
+    """Write each clip of x (B, C, F, H, W) in [-1, 1] alone, with no margin, as a uint8 array (F, H, W, C):
+    1.npy, 2.npy, ... in the folder. load_video and training read them exactly. Returns the paths.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, clip in enumerate(_pixels(x), 1):
+        paths.append(Path(folder, f"{number}.npy"))
+        np.save(paths[-1], clip)
+    return paths
+
+
+def _pixels(x):
     assert x.ndim == 5 and x.shape[1] in (1, 3), f"expected (B, 1 or 3, F, H, W), got {tuple(x.shape)}"
-    # a cast alone truncates, and wraps beyond 255
-    pixels = x.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    zoom = -(-64 // min(x.shape[3:]))  # smaller clips are hard to see
-    pixels = repeat(pixels, "b c f h w -> b f (h i) (w j) (c n)", i=zoom, j=zoom, n=3 // x.shape[1]).numpy()
+    x = x.detach().float().cpu().nan_to_num(nan=-1.0).clamp(-1, 1)
+    pixels = x.add(1).mul(127.5).round().byte()  # a cast alone truncates, and wraps beyond 255
+    return rearrange(pixels, "b c f h w -> b f h w c").numpy()
+
+
+def _cells(pixels, known):
+    zoom = ceil(64 / min(pixels.shape[2:4]))  # smaller clips are hard to see
+    colours = 3 // pixels.shape[4]
+    pixels = repeat(pixels, "b f h w c -> b f (h i) (w j) (c n)", i=zoom, j=zoom, n=colours)
     b, f, h, w, _ = pixels.shape
     cells = np.full((b, f, h + 4, w + 4, 3), GREY, np.uint8)
     if known is not None:
-        marked = torch.as_tensor(known).cpu().expand(b, f)
-        cells[marked.numpy()] = ORANGE
+        cells[torch.as_tensor(known).cpu().expand(b, f)] = ORANGE
     cells[:, :, 2:-2, 2:-2] = pixels
     return cells
 
 
-def _write(path: Path, images: list[Image.Image], **options) -> Path:
+def _write(path, images, **options):
     temporary = path.with_name("." + path.name)  # so that nobody sees half a file
     images[0].save(temporary, append_images=images[1:], **options)
     return temporary.replace(path)

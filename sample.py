@@ -18,7 +18,7 @@ import checkpoint
 import config
 from autoencoder import Autoencoder
 from data import batches
-from files import load_video, save_video
+from files import load_video, save_clips, save_video
 from infill import (SMALL, Given, Model, SampleConfig, fill, load_model, nothing, overlap, show, show_small,
                     smaller)
 from machine import Machine, start
@@ -125,10 +125,9 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
         return drawn_by_base(model, s, frames)
     if not s.input:
         return test_clips(model, s, frames, stride)
-    x = load_video(s.input, model.data.size, model.data.channels)
-    if x.shape[1] < frames:
-        raise ValueError(f"--input {s.input} has {x.shape[1]} frames, {frames} are needed")
-    return x[None, :, :frames or None].expand(s.num, -1, -1, -1, -1)
+    data = model.data  # at whose speed a film is read
+    x = load_video(s.input, data.size, data.channels, frames, min(data.frame_stride), data.fps)
+    return x.expand(s.num, -1, -1, -1, -1)
 
 
 def test_clips(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
@@ -351,10 +350,11 @@ def main() -> None:
     model, s, machine = model_and_settings()
     with machine.autocast():
         given, video, marks = draw_mode(model, s)
-    columns = 0
+    path, columns = free_name(Path(s.out), s.mode), 0
+    save_clips(video, path)
+    print(f"clips alone, for --input or for training: {path}")
     if s.mode in SMALL:
         video, marks, columns = sheet(model, s, given, video)
-    path = free_name(Path(s.out), s.mode)
     for written in save_video(video, path, marks, frames_per_second(model, s), columns):
         print(written)
 

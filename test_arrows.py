@@ -13,12 +13,12 @@ HERE = Path(__file__).parent
 PAPER = ("unet3d", "diffusion", "guidance", "sampling")
 ARROWS = {  # file: the files named here that it may import
     "presets": "", "text": "", "unet3d": "", "diffusion": "", "checkpoint": "", "machine": "", "optimizer": "",
-    "files": "",
+    "films": "", "files": "films",
     "config": "presets",
     "guidance": "diffusion",
     "sampling": "diffusion",
     "magicvideo": "unet3d diffusion",
-    "autoencoder": "unet3d magicvideo diffusion",
+    "autoencoder": "unet3d",
     "clips": "files checkpoint",
     "data": "files clips",
     "shard": "machine magicvideo",

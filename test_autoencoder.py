@@ -58,13 +58,12 @@ def latent(coder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("factor", [4, 8])
-@pytest.mark.parametrize("video_decoder", [False, True])
-def test_latents_are_factor_times_smaller_and_come_back_to_the_size(factor, video_decoder):
-    model = wild(Autoencoder(AutoencoderConfig(3, factor, width=8, video_decoder=video_decoder)))
+def test_latents_are_factor_times_smaller_and_come_back_to_the_size(factor):
+    model = wild(Autoencoder(AutoencoderConfig(3, factor, width=8)))
     x = noise(2, 3, 5, 16, 32)
     mean, logvar = model.encode(x)
     assert mean.shape == logvar.shape == (2, 4, 5, 16 // factor, 32 // factor)
-    assert model.decode(mean, 2).shape == x.shape and not torch.equal(mean, logvar)
+    assert model.decode(mean).shape == x.shape and not torch.equal(mean, logvar)
 
 
 def test_a_factor_that_is_no_power_of_two_is_one_sentence():
@@ -81,17 +80,13 @@ def test_each_frame_is_encoded_alone_in_its_place():
             assert torch.allclose(whole[clip, :, i], one[0, :, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("video_decoder, heard", [(False, [[0], [1], [2], [3]]),
-                                                  (True, [[0, 1, 2], [1, 2], [2], [3]])])
-def test_a_video_decoder_hears_the_frames_before_and_images_stay_alone(video_decoder, heard):
-    model = wild(Autoencoder(AutoencoderConfig(width=8, video_decoder=video_decoder)))
-    y = noise(1, 4, 4, 4, 4)
-    before = model.decode(y, num_images=1)
+def test_each_frame_is_decoded_alone():
+    model, y = wild(Autoencoder(AutoencoderConfig(width=8))), noise(1, 4, 4, 4, 4)
+    before = model.decode(y)
     for frame in range(4):
         other = y.clone()
         other[:, :, frame] = noise(1, 4, 4, 4, seed=5)
-        assert changed(before, model.decode(other, num_images=1)) == heard[frame]
-    assert len(model.time) == 2 * video_decoder
+        assert changed(before, model.decode(other)) == [frame]
 
 
 def test_the_kl_is_that_of_two_gaussians():
@@ -103,26 +98,23 @@ def test_the_kl_is_that_of_two_gaussians():
 
 def test_the_loss_is_squared_error_plus_weighted_kl():
     x, mean, logvar = noise(2, 1, 3, 8, 8), noise(2, 4, 3, 2, 2, seed=2), noise(2, 4, 3, 2, 2, seed=3)
-    calls = []
-    value = autoencoder.loss(lambda x, images: calls.append(images) or (x + 0.5, mean, logvar), x,
-                             AutoencoderConfig(kl_weight=0.1), 1)
+    value = autoencoder.loss(lambda x: (x + 0.5, mean, logvar), x, AutoencoderConfig(kl_weight=0.1))
     expected = 0.25 + 0.1 * kl(mean, logvar).mean().item()
-    assert calls == [1] and value.item() == pytest.approx(expected, rel=1e-5)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_draws_a_latent_around_the_mean_with_its_deviation():
     model, x, seen = wild(Autoencoder(AutoencoderConfig(width=8))), noise(4, 1, 4, 32, 32), []
     model.encoder[-1].bias[4:] = -2  # a deviation that is not its own square
-    model.decode = lambda y, num_images: seen.append(y) or y
+    model.decode = lambda y: seen.append(y) or y
     _, mean, logvar = model(x)
     eps = (seen[0] - mean) / (logvar / 2).exp()
     assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
 
 
-@pytest.mark.parametrize("video_decoder", [False, True])
-def test_every_parameter_is_used_in_training(video_decoder):
-    model = wild(Autoencoder(AutoencoderConfig(width=8, video_decoder=video_decoder))).requires_grad_(True)
-    autoencoder.loss(model, noise(1, 1, 3, 8, 8), model.config, 1).backward()
+def test_every_parameter_is_used_in_training():
+    model = wild(Autoencoder(AutoencoderConfig(width=8))).requires_grad_(True)
+    autoencoder.loss(model, noise(1, 1, 3, 8, 8), model.config).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -321,5 +313,4 @@ def test_an_autoencoder_alone_draws_nothing(coder, tmp_path, monkeypatch, capsys
 
 def test_the_settings_of_an_autoencoder_become_those_of_the_run(coder):
     taken = settings.start_of("", str(coder))
-    assert taken == {"channels": 1, "factor": 4, "latent_channels": 4, "width": 8, "kl_weight": 1e-4,
-                     "video_decoder": False}
+    assert taken == {"channels": 1, "factor": 4, "latent_channels": 4, "width": 8, "kl_weight": 1e-4}

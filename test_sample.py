@@ -25,6 +25,7 @@ import train
 from autoencoder import Pixels
 from data import DataConfig, batches
 from diffusion import DiffusionConfig, denoiser
+from files import load_video
 from machine import Machine
 from presets import SAMPLING
 from infill import Given, Model, SampleConfig, block_starts, fill, load_model
@@ -138,8 +139,10 @@ def test_a_mode_runs_end_to_end_and_prints_the_three_files_it_wrote(mode: str, t
     drawn = program(tiny, "--mode", mode, "--out", tmp_path)
     assert capsys.readouterr().out.splitlines()[-3:] == [str(tmp_path / f"{mode}_001.{suffix}")
                                                          for suffix in ("gif", "webp", "png")]
-    assert all(file.stat().st_size > 0 for file in drawn.files) and len(list(tmp_path.iterdir())) == 3
+    assert all(file.stat().st_size > 0 for file in drawn.files) and len(list(tmp_path.iterdir())) == 4
     assert drawn.video.shape == (2, 1, MODES[mode], 16, 16)
+    clean = [load_video(tmp_path / f"{mode}_001" / f"{i}.npy", 16, 1) for i in (1, 2)]
+    assert (torch.stack(clean) - drawn.video).abs().max() < 0.005  # no margins: what goes back in with --input
     assert drawn.video.isfinite().all() and drawn.video.abs().max() < 1.001 and drawn.video.std() > 0.01
 
 
@@ -551,9 +554,9 @@ def test_a_clip_is_drawn_from_its_own_caption(tiny: Path) -> None:
 
 def test_a_setting_that_is_younger_than_the_checkpoint_has_its_default(tiny: Path, tmp_path: Path) -> None:
     content = checkpoint.load(checkpoint.newest(tiny))
-    del content["settings"]["relative_positions"]
+    del content["settings"]["dropout"]
     checkpoint.save(tmp_path / "older.pt", content)
-    assert load_model(tmp_path / "older.pt", CPU.device).network.config.relative_positions is True
+    assert load_model(tmp_path / "older.pt", CPU.device).network.config.dropout == 0
 
 
 def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
@@ -854,8 +857,8 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "input without a mode for it": (video("clip", 6, "generate"), "--input"),
     "input is missing": (["--mode", "predict", "--input", "nowhere.gif"], "nowhere.gif"),
     "input is broken": (broken_video, "broken.gif"),
-    "input too short": (video("short", 1, "predict"), "has 1 frames, 2 are needed"),
-    "input too short to interpolate": (video("short", 2, "interpolate", "--frames", "16"), "6 are needed"),
+    "input too short": (video("short", 1, "predict"), "1 frames, 2 needed"),
+    "input too short to interpolate": (video("short", 2, "interpolate", "--frames", "16"), "6 needed"),
     "input too long to extend": (video("long", 16, "extend"), "has 16 frames already"),
     "out is a file": (out_is_a_file, "file"),
 }

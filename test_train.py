@@ -474,7 +474,7 @@ def test_a_folder_of_clips_is_trained_on_with_its_captions(clips: Path, tmp_path
 
 
 @pytest.mark.parametrize("flags", [
-    "--dataset stochastic_moving_mnist", "--cond_dim 0", "--cond_dim 0 --num_images 0", "--emb_dim 17",
+    "--cond_dim 0", "--cond_dim 0 --num_images 0", "--emb_dim 17",
     "--prediction eps --noise_shift 3", "--channels 3", "--checkpointing --scale_shift",
     "--frames 1 --num_images 0", "--precision bf16"])
 def test_training_works_with(flags: str, tmp_path: Path) -> None:

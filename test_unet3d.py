@@ -251,16 +251,6 @@ def test_the_order_of_the_frames_is_known_through_the_tables_alone():
     assert close(model(z[:, :, backwards], logsnr, cond), model(z, logsnr, cond)[:, :, backwards])
 
 
-def test_without_relative_positions_the_order_of_the_frames_is_not_known_and_never_learned():
-    model, (z, logsnr, cond) = UNet3D(small(relative_positions=False)), inputs(captions=1)
-    learned = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not any("table" in name for name in learned)
-    wild(nn.ParameterList(p for name, p in model.named_parameters() if name in learned))
-    backwards = [4, 3, 2, 1, 0]
-    assert close(model(z[:, :, backwards], logsnr, cond), model(z, logsnr, cond)[:, :, backwards])
-    assert not close(model(z.roll(1, 2), logsnr, cond), model(z, logsnr, cond))
-
-
 def same_far_away(module: nn.Module) -> nn.Module:
     """The module with one table row for "far before" and "far after": only near offsets tell frames apart."""
     for name, p in module.named_parameters():

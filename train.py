@@ -40,7 +40,7 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     torch.manual_seed((s.train.seed * 2_654_435_761 + index) % 2**32)
     if s.train.arch == "autoencoder":
         with machine.autocast():
-            return autoencoder.loss(network, x, s.autoencoder, s.data.num_images)
+            return autoencoder.loss(network, x, s.autoencoder)
     cond = condition(captions, s.text, x.device)
     if cond is not None:
         kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout

@@ -32,7 +32,6 @@ class UNetConfig:
     emb_layers: int = 4  # [1, 8] layers of the MLP that makes it
     cond_dim: int = 64  # [0, 8192] width of a token embedding; 0 makes an unconditional model
     dropout: float = 0.0  # [0, 1) dropout in the residual blocks
-    relative_positions: bool = True  # Shaw's tables in temporal attention; without them it knows no order
     patch: int = 1  # [1, 16] space-to-depth factor at the entry; 1 is the paper
     scale_shift: bool = False  # let the embedding scale and shift the norm instead of being added
     checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
@@ -122,8 +121,6 @@ class TemporalMix(nn.Module):
         tables = 0.02 * torch.randn(2, 2 * self.reach + 1, config.head_dim)
         self.key_table = nn.Parameter(tables[0])
         self.value_table = nn.Parameter(tables[1])
-        if not config.relative_positions:
-            zero(self).requires_grad_(False)  # the tables say nothing and never learn
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         heads = q.shape[2]

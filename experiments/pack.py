@@ -5,6 +5,7 @@ A .npy of the training size is mapped into memory and never decoded again. At 64
 """
 import argparse
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 import clips
 import config
 from checkpoint import replacing
-from files import WHOLE, decode
+from files import decode
 
 TFRECORDS = ("TFRecords are not read: save the frames of each episode as a uint8 .npy of shape (frames, height, "
              "width, 3), which needs TensorFlow once")
@@ -28,35 +29,31 @@ def pack(folder: Path, out: Path, size: int, channels: int, fps: float) -> list[
     """
     found = {}
     for split in ("train", "test"):
-        found |= clips.list_videos(str(folder), "", split)
+        named, _ = clips.list_videos(str(folder), "", split)
+        found |= dict(named)
     if not found:
         if any(folder.rglob("*tfrecord*")):
             raise ValueError(TFRECORDS)
         raise ValueError(f"no clip in {folder}")
-    one = partial(_pack, folder, out, size, channels, fps)
+    low = clips.lowest(clips.look(list(found), folder))
+    one = partial(_pack, folder, out, partial(decode, size=size, channels=channels, fps=fps, low=low))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         answers = tqdm(pool.map(one, found.items()), "packing", len(found))
         return [answer for answer in answers if answer]
 
 
-def _pack(
-        folder: Path,
-        out: Path,
-        size: int,
-        channels: int,
-        fps: float,
-        clip: tuple[Path, str]) -> str:
+def _pack(folder: Path, out: Path, read: Callable, clip: tuple[Path, str]) -> str:
     source, caption = clip
     path = out / source.relative_to(folder).parent / f"{source.name}.npy"  # a.mp4 and a.avi are two
     if path.exists():
         return ""
     try:
-        pixels = decode(source, size, channels, WHOLE, fps)
+        pixels = read(source)
     except ValueError as error:
         return str(error)
     path.parent.mkdir(parents=True, exist_ok=True)
     if caption and caption != path.parent.name:
-        path.with_suffix(".txt").write_text(caption)
+        path.with_suffix(".txt").write_text(caption, "utf-8")
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, rearrange(pixels, "c f h w -> f h w c").numpy())
     return ""

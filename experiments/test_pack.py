@@ -1,5 +1,8 @@
 """Tests of pack.py: what is packed is what train.py would have decoded."""
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,3 +48,15 @@ def test_a_folder_without_clips_is_one_sentence(tmp_path, monkeypatch, capsys, n
     with pytest.raises(SystemExit):
         program(monkeypatch, tmp_path, tmp_path / "out")
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_packing_in_a_poor_terminal_writes_utf8_and_one_range_for_all_floats(tmp_path):
+    (tmp_path / "in/a").mkdir(parents=True)
+    np.save(tmp_path / "in/a/0.npy", np.full((4, 16, 16), 0.5, np.float32))
+    np.save(tmp_path / "in/a/1.npy", np.full((4, 16, 16), -0.5, np.float32))
+    (tmp_path / "in/a/0.txt").write_text("größer 球", "utf-8")
+    command = [sys.executable, "-m", "experiments.pack", tmp_path / "in", tmp_path / "out", "--size", "16"]
+    poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(command, env=os.environ | poor, check=True, capture_output=True, cwd=Path(pack.__file__).parents[1])
+    assert (tmp_path / "out/a/0.npy.txt").read_text("utf-8") == "größer 球"
+    assert [np.load(tmp_path / f"out/a/{i}.npy.npy").max() for i in (0, 1)] == [191, 64]
