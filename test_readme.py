@@ -12,7 +12,10 @@ import pytest
 from PIL import Image, ImageSequence
 
 import checkpoint
+import config
 import data
+import infill
+import settings
 import train
 from experiments import cost
 from presets import PRESETS
@@ -199,6 +202,21 @@ def test_the_data_set_in_ten_lines_trains(tmp_path, monkeypatch):
 @pytest.mark.parametrize("excerpt", SHOWN, ids=[text.split()[0] for text in SHOWN])
 def test_what_the_guide_shows_of_the_code_is_the_code(excerpt):
     assert any(excerpt in path.read_text() for path in HERE.glob("*.py") if not path.name.startswith("test_"))
+
+
+PLACES = [place for line in GUIDE.splitlines() if line.startswith("| ") for place in line.strip("| ").split(" | ")[-1:]]
+
+
+def test_its_tables_name_functions_files_and_flags_that_are_there():
+    flags = config.flags_of([*settings.PARTS, infill.SampleConfig])
+    named = [place for place in PLACES if ".py`" in place]
+    assert len(named) > 30
+    for place in named:
+        for names, file in re.findall(r"((?:`\w+`(?:, )?)+) in `(\w+\.py)`", place):
+            defined = {getattr(node, "name", "") for node in ast.walk(ast.parse((HERE / file).read_text()))}
+            assert set(re.findall(r"`(\w+)`", names)) <= defined, place
+    for flag in re.findall(r"`--(\w+)", " ".join(PLACES)):
+        assert flag in flags, flag
 
 
 def test_the_guides_equations_are_balanced():
