@@ -439,8 +439,7 @@ def test_reconstruction_cannot_reach_frames_that_no_given_one_sees_and_says_so(r
 def test_a_directed_network_is_drawn_from_without_a_gradient_that_is_zero(run):
     model = infill.load_model(checkpoint.newest(run), CPU.device)
     assert sample.decide(model, {"mode": "predict"})["w_r"] == 0
-    assert "w_r" not in sample.decide(model, {"mode": "interpolate"})  # there later frames are given
-    assert "w_r" not in sample.decide(model, {"mode": "predict", "method": "replacement"})
+    assert sample.decide(model, {"mode": "interpolate"})["w_r"] > 0  # there later frames are given
 
 
 def test_a_speed_without_a_caption_is_one_sentence(run, monkeypatch, capsys: CaptureFixture):
