@@ -147,10 +147,10 @@ def test_key_frames_stay_and_the_frames_between_are_drawn(between, tmp_path, mon
     assert marks.tolist() == [f % 3 == 0 for f in range(13)]
     model = infill.load_model(checkpoint.newest(between), CPU.device)
     true = sample.source(model, infill.SampleConfig(num=2), 13)
-    assert torch.allclose(video[:, :, ::3], true[:, :, ::3], atol=1e-5)
+    assert torch.allclose(video[:, :, ::3], true[:, :, ::3], atol=1e-3)
     assert not torch.allclose(video[:, :, 1], true[:, :, 1], atol=0.01)
     shorter, _ = program(monkeypatch, *flags, "--frames", 7)
-    assert shorter.shape[2] == 7 and torch.allclose(shorter[:, :, ::3], true[:, :, :7:3], atol=1e-5)
+    assert shorter.shape[2] == 7 and torch.allclose(shorter[:, :, ::3], true[:, :, :7:3], atol=1e-3)
 
 
 def test_another_model_draws_the_key_frames_and_hears_their_speed(between, several, tmp_path, monkeypatch):
