@@ -247,8 +247,8 @@ def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
     for name, value in (model.sampling.get("all", {}) | model.sampling.get(mode, {})).items():
         if name in CARRIED:
             chosen[name] = value
-    if model.data.num_images == 0:
-        chosen.pop("w_t", None)  # it was chosen for networks that know images
+    if model.data.num_images == 0 or mode == "key_frames":
+        chosen.pop("w_t", None)  # no images to be away from, or exact key frames
     if mode == "key_frames" and given.keys() & {"method", "w_r", "w_t"}:
         raise ValueError("--method, --w_r and --w_t are not for a model trained with --keys, which sees what is "
                          "given")

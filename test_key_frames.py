@@ -253,6 +253,6 @@ def test_the_shipped_networks_go_as_fast_as_asked_and_then_fill_in():
     (normal, named), (faster, _), (fastest, _) = map(seen, clips.values())
     assert 1.2 < normal < faster - 0.7 < fastest - 2 and named > 0.7
     s = dataclasses.replace(s, mode="key_frames", text="", w=0.0)
-    filled = infill.fill(between, s, sample.gaps(between, s, sample.inside(between, clips[2.0])))
+    filled = infill.fill(between, s, sample.gaps(between, s, sample.latents(between, clips[2.0])))
     step, named = seen(sample.joined(filled, 4))
     assert 1.2 < step < fastest / 2 and named > 0.5
