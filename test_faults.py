@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import random
