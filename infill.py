@@ -20,13 +20,13 @@ from autoencoder import Autoencoder, AutoencoderConfig, Pixels, frozen, in_laten
 from data import DataConfig
 from diffusion import Denoiser, DiffusionConfig, denoiser, noise_like, schedule
 from guidance import classifier_free, clipped, reconstruction_guided, replacement
-from magicvideo import MagicVideoConfig, between, build_network
+from magicvideo import MagicVideoConfig, build_network
 from sampling import ddim, dpm_solver, identity, sample
 from text import TextConfig, embed
 from unet3d import UNet3D
 
 PARTS = DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig
-Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade", "key_frames"]
+Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"]
 SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
 
 
@@ -35,7 +35,7 @@ class SampleConfig:
     """What to draw, and how. Raises ValueError for settings that do not fit each other."""
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
     checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
-    base: str = ""  # cascade, key_frames: the model that draws what is given; else it is a real clip
+    base: str = ""  # cascade: the model that draws what is given; else it is a real clip
     text: str = ""  # caption of the clips, or several taking turns, separated by |; "" is unconditional
     fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips
@@ -67,12 +67,10 @@ class SampleConfig:
             raise ValueError("--w guides towards a caption: it needs --text and a model trained with captions")
         if self.fps and not self.text:
             raise ValueError("--fps is said after a caption: it needs --text")
-        if self.fps and self.mode == "key_frames":
-            raise ValueError("--fps is not for key frames, which have their own speed")
         if self.method == "replacement" and self.mode in SMALL:
             raise ValueError("--method replacement replaces whole frames, not small ones")
-        if self.base and self.mode not in ("cascade", "key_frames"):
-            raise ValueError("--base is for modes cascade, key_frames")
+        if self.base and self.mode != "cascade":
+            raise ValueError("--base is for mode cascade")
         if self.input and (self.base or self.mode == "generate"):
             raise ValueError("--input is for modes that are given frames: not generate, nor with --base")
 
@@ -172,11 +170,9 @@ def rebuilt(content: dict[str, Any], device: torch.device) -> Model:
 def guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
     """The model's denoiser for --text (c = 0 without one), with guidance of the weights --w and --w_t."""
     network, cond = model.network, None
-    if network.config.keys:
-        network = between(network, given.x, model.diffusion)
     denoise = denoiser(network, model.diffusion)
     if s.text:
-        cond = embed(captions(model, s, len(given.x)), model.text).to(model.device)
+        cond = embed(captions(model, s), model.text).to(model.device)
         denoise = classifier_free(denoiser(network, model.diffusion, cond), denoise, s.w)
     if s.w_t == 0:
         return denoise
@@ -205,20 +201,19 @@ def images(network: Callable) -> Callable:
     return each_alone
 
 
-def captions(model: Model, s: SampleConfig, rows: int) -> list[str]:
-    """A caption for each row of a batch: those of --text in turn for each clip, with the speed if training
-    said it. Raises ValueError if the model knows no captions, or no speeds.
+def captions(model: Model, s: SampleConfig) -> list[str]:
+    """A caption for each clip: those of --text in turn, with the speed if training said it. Raises ValueError
+    if the model knows no captions, or no speeds.
     """
     if not model.text.cond_dim:
         raise ValueError("--text needs a model trained with captions, and this one is unconditional")
     strides, texts, fps = model.data.frame_stride, s.text.split("|"), s.fps
     if fps and len(strides) == 1 and model.data.dataset != "video_folder":
         raise ValueError("--fps needs a model trained with several --frame_stride")
-    if fps == 0 and len(strides) > 1 and " fps" not in s.text and not model.network.config.keys:
+    if fps == 0 and len(strides) > 1 and " fps" not in s.text:
         fps = 8 / min(strides)
     said = []
-    for row in range(rows):
-        clip = row % s.num
+    for clip in range(s.num):
         text = texts[clip % len(texts)]
         said.append(f"{text} at {fps:g} fps" if fps else text)
     return said
@@ -230,7 +225,7 @@ def captions(model: Model, s: SampleConfig, rows: int) -> list[str]:
 def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
     length = model.network.config.frames
-    denoise, noise = guided(model, s, given), generators(s, len(given.x))
+    denoise, noise = guided(model, s, given), generators(s.seed, len(given.x))
     starts = block_starts(given.known, length, overlap(model, s))
     calls = 2 * s.steps - 1 if s.delta else s.steps
     video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)
@@ -242,13 +237,13 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     return model.coder.video(video.x)
 
 
-def generators(s: SampleConfig, rows: int) -> list[torch.Generator]:
-    """A source of noise for each row of a batch, by --seed and the clip alone: clip i is the same whatever
-    --num is. Further rows, the later gaps of key_frames, go through the clips again.
+def generators(seed: int, clips: int) -> list[torch.Generator]:
+    """A source of noise for each clip, by --seed and the clip's number alone: clip i is the same whatever
+    --num is.
     """
     found = []
-    for row in range(rows):
-        number = np.random.SeedSequence((s.seed, row % s.num, row // s.num)).generate_state(1)
+    for clip in range(clips):
+        number = np.random.SeedSequence((seed, clip, 0)).generate_state(1)
         found.append(torch.Generator().manual_seed(int(number[0])))
     return found
 
@@ -277,7 +272,7 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
     """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
     constrain, guides = identity, given.low is not None
     known = given.known[:, None, None]
-    if known.any() and not model.network.config.keys:  # with keys the network is shown what is known
+    if known.any():
         constrain = replacement(given.x.clone(), known, noise)
         guides = guides or s.method == "reconstruction"
     if guides and s.w_r:

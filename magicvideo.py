@@ -2,12 +2,10 @@
 
 Convolutions are 2D and shared by all frames; the adaptor, a scale and a shift for each, tells them apart.
 In a block space and time are two branches beside each other, and a frame sees none that comes after it.
-Captions enter by cross-attention, the speed by an embedding. With keys, either network draws what is between
-two key frames. Read it from the bottom up.
+Captions enter by cross-attention, the speed by an embedding. Read it from the bottom up.
 """
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,19 +13,13 @@ import torch.nn.functional as nnf
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from diffusion import DiffusionConfig, eps_from_x, target
 from unet3d import Attention, Block, Embedding, Norm, SpatialMix, UNet3D, UNetConfig, per_frame, zero
 
 
 @dataclasses.dataclass
 class MagicVideoConfig(UNetConfig):
-    """What MagicVideo adds to the architecture. Raises ValueError if there is no frame between the keys."""
+    """What MagicVideo adds to the architecture."""
     mask: Literal["before", "after"] = "before"  # magicvideo: directed attention masked around the softmax
-    keys: bool = False  # the first and the last frame are given: a network that interpolates
-
-    def __post_init__(self):
-        if self.keys and self.frames < 3:
-            raise ValueError("--keys needs --frames 3 or more: the first and the last are given")
 
 
 class Adaptor(nn.Module):
@@ -168,48 +160,6 @@ class MagicVideo(UNet3D):
         return emb, mask, tokens, num_images
 
 
-# ---- key frames, and the frames between them -------------------------------------------------------------
-
-
 def build_network(arch: str, config: MagicVideoConfig) -> UNet3D:
-    """The network of --arch; with config.keys its entry takes the three times as many channels of reveal."""
-    network = {"unet3d": UNet3D, "magicvideo": MagicVideo}[arch](config)
-    if config.keys:
-        entry = network.entry
-        network.entry = nn.Conv2d(3 * entry.in_channels, entry.out_channels, 3, padding=1)
-    return network
-
-
-def between(network: Callable, keys: Tensor, config: DiffusionConfig) -> Callable:
-    """The network's call when it is shown the first and last frame of the clips keys (B, C, F, H, W).
-
-    What it says of these two is exact, so that they have no loss and a sampler leaves them as they are.
-    """
-    def shown(z, logsnr, cond=None, num_images=0):
-        output = network(reveal(z, keys, num_images), logsnr, cond, num_images)
-        eps = eps_from_x(z, logsnr, keys)
-        exact = target(keys, logsnr, eps, config)
-        return torch.where(ends(z, num_images), exact, output)
-    return shown
-
-
-def ends(z: Tensor, num_images: int = 0) -> Tensor:
-    """Which frames of z are a clip's first and last, (F, 1, 1); its image frames come after these."""
-    frames = z.shape[2]
-    frame = torch.arange(frames, device=z.device)
-    known = (frame == 0) | (frame == frames - num_images - 1)
-    return known[:, None, None]
-
-
-def reveal(z: Tensor, x: Tensor, num_images: int = 0) -> Tensor:
-    """What the network sees, (B, 3 C, F, H, W): z, its first and last frame clean, and in further channels of
-    every frame but the images these two frames of x, since a directed network sees no later one.
-    """
-    video = z.shape[2] - num_images
-    seen = torch.where(ends(z, num_images), x, z)
-    first = x[:, :, 0]
-    last = x[:, :, video - 1]
-    keys = torch.cat([first, last], 1)
-    keys = repeat(keys, "b c h w -> b c f h w", f=video)
-    keys = nnf.pad(keys, (0, 0, 0, 0, 0, num_images))
-    return torch.cat([seen, keys], 1)
+    """The network of --arch."""
+    return {"unet3d": UNet3D, "magicvideo": MagicVideo}[arch](config)

@@ -10,7 +10,6 @@ from data import batches
 from diffusion import denoiser, noise_like, schedule
 from files import save_video
 from machine import Machine
-from magicvideo import between
 from sampling import dpm_solver
 from settings import Settings
 from state import State
@@ -80,8 +79,6 @@ def preview(state: State, s: Settings, machine: Machine) -> None:
 def drawn(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Tensor:
     """What the network draws for each caption, shaped like x, pixels or latents."""
     network = state.ema.module.eval()
-    if s.unet.keys:
-        network = between(network, x, s.diffusion)
     denoise = denoiser(network, s.diffusion, condition(captions, s.text, x.device))
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed))  # always the same
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(x.device)

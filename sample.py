@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as nnf
-from einops import rearrange
 from torch import Tensor
 
 import checkpoint
@@ -74,20 +73,8 @@ def cascade(model: Model, s: SampleConfig) -> Given:
     return show_small(nothing(model, s, frames), s.stride, small(s, x))
 
 
-def key_frames(model: Model, s: SampleConfig) -> Given:
-    """The gaps between neighbouring key frames (MagicVideo), which --base draws or a slow clip has."""
-    gap = model.network.config.frames - 1
-    frames = s.frames
-    if frames and (frames - 1) % gap:
-        raise ValueError(f"--frames {frames} must be 1 more than a multiple of {gap}, from key to key")
-    if not frames and not s.input and not s.base:
-        frames = 4 * gap + 1
-    keys = source(model, s, (frames - 1) // gap + 1, gap)  # of 0: all of them
-    return gaps(model, s, latents(model, keys))
-
-
 MODES = {mode.__name__: mode for mode in (
-    generate, predict, extend, interpolate, super_resolve, cascade, key_frames)}
+    generate, predict, extend, interpolate, super_resolve, cascade)}
 
 # ---- what they are made of -------------------------------------------------------------------------------
 
@@ -145,44 +132,19 @@ def test_clips(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> T
 
 
 def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
-    """The clips that --base draws of as many frames (0: its length), for cascade --scale times smaller."""
-    base, needed, scale, fps = load_model(checkpoint.find(s.base), model.device), model.data, s.scale, s.fps
-    if s.mode == "key_frames":
-        scale = 1
-        strides, step = base.data.frame_stride, (model.network.config.frames - 1) * min(needed.frame_stride)
-        if step not in strides or len(strides) > 1 and not s.text:
-            raise ValueError(f"--base must know --frame_stride {step}, and if it knows others too, --text")
-        if len(strides) > 1:
-            fps = 8 / step
-    s = replace(s, mode="generate", base="", fps=fps)
-    expect(base, s)
-    if (base.data.size * scale, base.data.channels) != (needed.size, needed.channels):
+    """The clips that --base draws, of as many frames (0: its length), --scale times smaller."""
+    base, needed = load_model(checkpoint.find(s.base), model.device), model.data
+    s = replace(s, mode="generate", base="")
+    if (base.data.size * s.scale, base.data.channels) != (needed.size, needed.channels):
         raise ValueError(f"--base draws {base.data.channels} x {base.data.size} px, not the "
-                         f"{needed.channels} x {needed.size // scale} px that are needed")
+                         f"{needed.channels} x {needed.size // s.scale} px that are needed")
     return fill(base, s, nothing(base, s, frames or base.network.config.frames))
-
-
-def gaps(model: Model, s: SampleConfig, keys: Tensor) -> Given:
-    """Both ends of each gap of the key frames (B, C, n + 1, H, W): every clip's first gap, then every clip's
-    second, ..., (n B, C, gap + 1, H, W)."""
-    if keys.shape[2] < 2:
-        raise ValueError("one key frame has no neighbour: --frames must be more, or --input longer")
-    pairs = rearrange([keys[:, :, :-1], keys[:, :, 1:]], "two b c n h w -> (n b) c two h w")
-    length = model.network.config.frames
-    whole = nothing(model, replace(s, num=len(pairs)), length)
-    return show(whole, slice(None, None, length - 1), pairs)
-
-
-def joined(gaps: Tensor, clips: int) -> Tensor:
-    """The videos (clips, C, n * gap + 1, H, W) of their gaps (n * clips, C, gap + 1, H, W)."""
-    video = rearrange(gaps[:, :, :-1], "(n b) c f h w -> b c (n f) h w", b=clips)
-    return torch.cat([video, gaps[-clips:, :, -1:]], 2)
 
 
 # ---- which model, and with which settings ----------------------------------------------------------------
 
 
-def choose_checkpoint(path: str, mode: str = "", text: str = "") -> tuple[Path, str]:
+def choose_checkpoint(path: str, text: str = "") -> tuple[Path, str]:
     """The checkpoint that --checkpoint means, and why: without the flag the newest run that can draw what is
     asked for and has done half of its --steps, else the weights in pretrained/.
     """
@@ -190,18 +152,14 @@ def choose_checkpoint(path: str, mode: str = "", text: str = "") -> tuple[Path, 
         return checkpoint.find(path), "as given"
     fair, early = [], []
     for folder in Path("runs").glob("*"):
-        done = progress_of(folder, mode == "key_frames", bool(text))
+        done = progress_of(folder, bool(text))
         if done >= 0.5:
             fair.append(folder)
         elif done > 0:
             early.append(folder)
     if fair:
         return checkpoint.newest(*fair), "your newest run"
-    weights = "uncaptioned*.pt"
-    if mode == "key_frames":
-        weights = "interpolate*.pt"
-    elif text:
-        weights = "moving_mnist*.pt"
+    weights = "moving_mnist*.pt" if text else "uncaptioned*.pt"
     shipped = sorted((Path(__file__).parent / "pretrained").glob(weights))
     if not shipped:
         raise ValueError("there is no checkpoint in runs/ or pretrained/: train one or give --checkpoint")
@@ -212,24 +170,16 @@ def choose_checkpoint(path: str, mode: str = "", text: str = "") -> tuple[Path, 
     return shipped[0], reason
 
 
-def progress_of(run: Path, keys: bool, text: bool) -> float:
+def progress_of(run: Path, text: bool) -> float:
     """Which part of its --steps a run's newest checkpoint has done; 0 if it cannot draw what is asked for."""
     try:
         made = json.loads((run / "config.json").read_text())
         newest = checkpoint.newest(run)
-        draws = made["arch"] != "autoencoder" and made["keys"] == keys
-        if not draws or text and not made["cond_dim"]:
+        if made["arch"] == "autoencoder" or text and not made["cond_dim"]:
             return 0.0
         return int(newest.stem.removeprefix("checkpoint_")) / made["steps"]
     except (OSError, ValueError, TypeError, KeyError):
         return 0.0
-
-
-def expect(model: Model, s: SampleConfig) -> None:
-    """Raises ValueError if the model is not of the kind that --mode needs."""
-    if (s.mode == "key_frames") != model.network.config.keys:
-        raise ValueError("--mode key_frames needs a model trained with --keys, which knows no other mode")
-    overlap(model, s)  # one that is too long ends here
 
 
 CARRIED = ("sampler", "steps", "gamma", "delta", "text", "w", "fps", "w_t", "w_t_from", "method", "w_r", "w_r_power",
@@ -247,11 +197,8 @@ def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
     for name, value in (model.sampling.get("all", {}) | model.sampling.get(mode, {})).items():
         if name in CARRIED:
             chosen[name] = value
-    if model.data.num_images == 0 or mode == "key_frames":
-        chosen.pop("w_t", None)  # no images to be away from, or exact key frames
-    if mode == "key_frames" and given.keys() & {"method", "w_r", "w_t"}:
-        raise ValueError("--method, --w_r and --w_t are not for a model trained with --keys, which sees what is "
-                         "given")
+    if model.data.num_images == 0:
+        chosen.pop("w_t", None)  # no images to be away from
     method = given.get("method", chosen.get("method"))
     if mode in ("predict", "extend") and directed(model) and method != "replacement":
         if given.get("w_r"):
@@ -294,7 +241,7 @@ def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         asked = vars(SampleConfig()) | given
         machine = start(asked["device"], asked["precision"], asked["threads"])
-        path, reason = choose_checkpoint(asked["checkpoint"], asked["mode"], asked["text"])
+        path, reason = choose_checkpoint(asked["checkpoint"], asked["text"])
         model = load_model(path, machine.device)
         chosen = decide(model, given)
         print(f"{path} ({reason}), step {model.step}: {model.data.dataset}, {model.network.config.frames} frames "
@@ -306,27 +253,22 @@ def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
         return chosen
 
     s, = config.parse(SampleConfig, first=FIRST, defaults=defaults)
-    expect(found["model"], s)
+    overlap(found["model"], s)  # one that is too long ends here
     return found["model"], s, found["machine"]
 
 
 # ---- the program -----------------------------------------------------------------------------------------
 
 
-def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor, Tensor]:
-    """What --mode was given, the video (B, C, T, H, W), and which of its frames were given (T,)."""
+def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor]:
+    """What --mode was given, and the video (B, C, T, H, W)."""
     given = MODES[s.mode](model, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
     if s.base:  # which drew with this seed already, and what the text says
         s = replace(s, seed=s.seed + 1)
         if not model.text.cond_dim:
             s = replace(s, text="", w=0.0)
-    video = fill(model, s, given)
-    if s.mode != "key_frames":
-        return given, video, given.known
-    gap = len(given.known) - 1
-    video = joined(video, s.num)
-    return given, video, torch.arange(video.shape[2]) % gap == 0
+    return given, fill(model, s, given)
 
 
 def sheet(model: Model, s: SampleConfig, given: Given, video: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -353,8 +295,8 @@ def main() -> None:
     """Loads, draws, writes."""
     model, s, machine = model_and_settings()
     with machine.autocast():
-        given, video, marks = draw_mode(model, s)
-    path, columns = free_name(Path(s.out), s.mode), 0
+        given, video = draw_mode(model, s)
+    path, marks, columns = free_name(Path(s.out), s.mode), given.known, 0
     save_clips(video, path)
     print(f"clips alone, for --input or for training: {path}")
     if s.mode in SMALL:

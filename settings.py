@@ -172,8 +172,8 @@ def check(s: Settings) -> None:
     """Raises ValueError for settings that do not fit each other."""
     train = s.train
     if train.arch == "autoencoder":
-        if train.latent or s.unet.keys:
-            raise ValueError("--arch autoencoder goes without --latent and --keys")
+        if train.latent:
+            raise ValueError("--arch autoencoder goes without --latent")
         if train.shard:
             raise ValueError("--shard is not for --arch autoencoder")
         in_latents(s.unet, s.autoencoder)

@@ -256,7 +256,6 @@ def test_round_brackets_exclude_the_end_of_a_range(text, fits, capsys):
 
 def test_flags_that_contradict_each_other_are_one_sentence(capsys):
     assert "--factor 3" in refusal(capsys, ["--factor", "3"], *TRAIN)
-    assert "--keys" in refusal(capsys, ["--keys", "--frames", "2"], *TRAIN)
 
 
 def test_help_shows_the_first_flags_with_the_values_that_they_would_have_here(capsys):

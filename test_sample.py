@@ -113,8 +113,8 @@ def program(folder: Path, *flags: object) -> Drawn:
         patch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(folder), *QUICK, *map(str, flags)])
         config.run(sample.main)
     files, = saved
-    _, video, known = results[0]
-    return Drawn(video, known, files, models[0], blocks)
+    whole, video = results[0]
+    return Drawn(video, whole.known, files, models[0], blocks)
 
 
 @pytest.fixture()
@@ -130,7 +130,7 @@ MODES = {"generate": 4, "predict": 4, "extend": 16, "interpolate": 4, "super_res
 
 def test_every_mode_is_tried() -> None:
     mode, = (field for field in dataclasses.fields(SampleConfig) if field.name == "mode")
-    assert {*MODES, "key_frames"} == set(mode.type.__args__)  # that one: test_key_frames.py
+    assert set(MODES) == set(mode.type.__args__)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -537,11 +537,11 @@ def test_the_network_is_called_as_often_as_the_progress_bar_says(flags: dict, ca
 def test_several_captions_take_turns(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
 
-    def captions(text: str, num: int, rows: int) -> list[str]:
-        return infill.captions(model, SampleConfig(text=text, num=num), rows)
-    assert captions("a 3|a 7", 5, 5) == ["a 3", "a 7", "a 3", "a 7", "a 3"]
-    assert captions("a 3", 2, 2) == ["a 3", "a 3"]
-    assert captions("a 3|a 7|a 9", 2, 4) == ["a 3", "a 7", "a 3", "a 7"]  # two gaps of two clips
+    def captions(text: str, num: int) -> list[str]:
+        return infill.captions(model, SampleConfig(text=text, num=num))
+    assert captions("a 3|a 7", 5) == ["a 3", "a 7", "a 3", "a 7", "a 3"]
+    assert captions("a 3", 2) == ["a 3", "a 3"]
+    assert captions("a 3|a 7|a 9", 2) == ["a 3", "a 7"]
 
 
 def test_a_clip_is_drawn_from_its_own_caption(tiny: Path) -> None:
@@ -659,7 +659,7 @@ def lookup(monkeypatch: MonkeyPatch, folder: Path, *names: str) -> Callable[...,
         os.utime(folder / name, (1000 + age, 1000 + age))
         if name.startswith("runs/"):
             config_json = (folder / name).parent / "config.json"
-            config_json.write_text(json.dumps(RUN | {"keys": "keys" in name, "cond_dim": 8 * ("told" in name)}))
+            config_json.write_text(json.dumps(RUN | {"cond_dim": 8 * ("told" in name)}))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sample, "__file__", str(folder / "sample.py"))
 
@@ -691,20 +691,19 @@ def test_a_run_that_has_not_done_half_of_its_steps_is_passed_over_and_named(monk
 
 
 def test_a_run_that_cannot_draw_what_is_asked_for_is_passed_over(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
-    kinds = ("told", "silent", "keys")
+    kinds = ("told", "silent")
     names = [f"runs/{kind}/checkpoint_00000010.pt" for kind in kinds]
     find = lookup(monkeypatch, tmp_path, *names, "runs/coder/checkpoint_00000010.pt")
-    (tmp_path / "runs/coder/config.json").write_text(json.dumps(RUN | {"arch": "autoencoder", "keys": False}))
+    (tmp_path / "runs/coder/config.json").write_text(json.dumps(RUN | {"arch": "autoencoder"}))
     assert find("").startswith("runs/silent/")
-    assert find("", "generate", "a 3").startswith("runs/told/")
-    assert find("", "key_frames").startswith("runs/keys/")
+    assert find("", "a 3").startswith("runs/told/")
 
 
 def test_without_runs_the_weights_that_come_with_the_project_are_taken(monkeypatch: MonkeyPatch,
                                                                        tmp_path: Path) -> None:
-    shipped = [f"pretrained/{name}_64.pt" for name in ("uncaptioned", "moving_mnist", "interpolate")]
+    shipped = [f"pretrained/{name}_64.pt" for name in ("uncaptioned", "moving_mnist")]
     find = lookup(monkeypatch, tmp_path, *shipped, "runs/started/.checkpoint_00000003.pt.1.tmp")
-    found = [find(""), find("", "generate", "a 3"), find("", "key_frames")]
+    found = [find(""), find("", "a 3")]
     assert found == [f"{name} (shipped weights)" for name in shipped]
 
 

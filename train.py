@@ -22,7 +22,6 @@ import config
 from data import batches
 from diffusion import loss
 from machine import Machine, start, stop_signals
-from magicvideo import between
 from optimizer import lr_factor
 from progress import log, plot_loss, preview
 from settings import Settings, read_settings, suitable_preset
@@ -45,8 +44,6 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     if cond is not None:
         kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
         cond = cond * kept[..., None, None].to(x.device)
-    if s.unet.keys:
-        network = between(network, x, s.diffusion)
     with machine.autocast():
         return loss(network, x, s.diffusion, cond, s.data.num_images).mean()
 
@@ -154,8 +151,6 @@ def finish(state: State, s: Settings, stop: list[int], norm: Tensor, machine: Ma
         raise SystemExit(128 + number)
     if s.train.arch == "autoencoder":
         use = f"train.py --latent {out}"
-    elif s.unet.keys:
-        use = f"sample.py --mode key_frames --checkpoint {out}"
     else:
         use = f"sample.py --checkpoint {out}"
     print(f"done: in {out} are samples/, metrics.jsonl and {path.name}\n{curve}\nto use it: python {use}")

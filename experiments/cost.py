@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from diffusion import loss
-from magicvideo import between, build_network
+from magicvideo import build_network
 from presets import PRESETS
 from settings import Settings, read_settings
 
@@ -26,12 +26,9 @@ def step_cost(s: Settings) -> tuple[int, int]:
         cond = None
         if unet.cond_dim:
             cond = torch.empty(1, s.text.tokens, unet.cond_dim)
-    network = model
-    if unet.keys:
-        network = between(model, x, s.diffusion)
 
     def step() -> None:
-        loss(network, x, s.diffusion, cond, images).mean().backward()
+        loss(model, x, s.diffusion, cond, images).mean().backward()
 
     return count(model), flops(step)
 

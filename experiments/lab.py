@@ -178,8 +178,6 @@ def open_lab(c: EvaluateConfig) -> Lab:
     known = features.settings
     if model.data.dataset != "moving_mnist":
         raise ValueError(f"{path} draws {model.data.dataset}, and --experiment measures moving_mnist alone")
-    if model.network.config.keys:
-        raise ValueError(f"{path} draws between key frames: --experiment {c.experiment} cannot")
     if c.experiment == "guidance" and not model.text.cond_dim:
         raise ValueError(f"{path} was trained without captions, and --experiment guidance needs them")
     if (known["size"], known["digits"]) != (size, digits):

@@ -23,7 +23,7 @@ from experiments.ablations import small_model
 from experiments.evaluate import table
 from experiments.lab import EvaluateConfig, open_lab
 from text import TextConfig
-from test_key_frames import TINY
+from test_init import TINY
 from test_train import fitted, program
 
 HERE = Path(__file__).parents[1]
@@ -246,14 +246,6 @@ def test_features_of_other_clips_are_refused(monkeypatch):
     monkeypatch.setattr(lab_module, "load_features", lambda path: features)
     with pytest.raises(ValueError, match="trained on 2 digits at 64 px"):
         open_lab(EvaluateConfig(device="cpu"))
-
-
-def test_a_network_between_key_frames_is_refused(lab, monkeypatch):
-    network = SimpleNamespace(config=dataclasses.replace(lab.model.network.config, keys=True))
-    model = dataclasses.replace(lab.model, network=network)
-    monkeypatch.setattr(infill, "load_model", lambda path, device: model)
-    with pytest.raises(ValueError, match="draws between key frames: --experiment samplers cannot"):
-        open_lab(EvaluateConfig(experiment="samplers", device="cpu"))
 
 
 @pytest.mark.parametrize("experiment, data, text, sentence", [
