@@ -68,10 +68,14 @@ def make_optimizer(kind: str, model: nn.Module, lr: float, beta2: float,
 
 
 def lr_factor(step: int, warmup: int, decay: str, steps: int) -> float:
-    """The learning rate of a step over --lr: linear warm-up, then constant or half a cosine down to 0."""
+    """The learning rate of a step over --lr: linear warm-up, then constant, half a cosine down to 0, or
+    constant for half of all steps and then a line down to 0.
+    """
     warm = min(1.0, (step + 1) / max(1, warmup))
     if decay == "constant":
         return warm
+    if decay == "linear":
+        return min(warm, 2 * (1 - step / steps))
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
