@@ -17,6 +17,7 @@ import torch
 
 import config
 import infill
+import sample
 from experiments import ablations, evaluate, metrics
 from experiments import lab as lab_module
 from experiments.ablations import small_model
@@ -75,8 +76,14 @@ def judged(experiment: str, out: Path, said: str) -> None:
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
 
 
-@pytest.mark.parametrize("experiment", evaluate.EXPERIMENTS)
+LONG = ("samplers", "joint")
+
+
+@pytest.mark.parametrize("experiment", [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in evaluate.EXPERIMENTS])
 def test_every_experiment_runs_and_writes_its_table(experiment, run, tmp_path, monkeypatch, capsys):
+    decide = sample.decide
+    monkeypatch.setattr(sample, "decide", lambda model, given: decide(model, given) | {"steps": 2})
     monkeypatch.setattr(ablations, "RECIPE", ablations.RECIPE | dict(
         dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="4", batch_size=2))
     few(monkeypatch, experiment, tmp_path, *run)
