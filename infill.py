@@ -285,7 +285,7 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
         denoise = reconstruction_guided(denoise, x_a, observe, s.w_r, s.w_r_power)
     dtype = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
     times = torch.linspace(1, 0, s.steps + 1, dtype=dtype)
-    logsnrs = schedule(times, model.diffusion).to(model.device)
+    logsnrs = schedule(times, model.diffusion)  # on the CPU: to look at one must not wait for a GPU
     z = noise_like(given.x, noise)
     if model.coder.bounded:
         denoise = clipped(denoise)

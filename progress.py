@@ -81,7 +81,7 @@ def drawn(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Te
     network = state.ema.module.eval()
     denoise = denoiser(network, s.diffusion, condition(captions, s.text, x.device))
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed))  # always the same
-    logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion).to(x.device)
+    logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion)
 
     def bounded(z: Tensor, logsnr: Tensor) -> Tensor:
         x_hat = denoise(z, logsnr)

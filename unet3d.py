@@ -300,6 +300,7 @@ class UNet3D(nn.Module):
     def context(self, z: Tensor, logsnr: Tensor, tokens: Tensor | None, num_images: int) -> tuple:
         """What every block hears beside x: the embedding of each frame, and which frame may see which."""
         frames = z.shape[2]
+        logsnr = logsnr.to(z.device, non_blocking=True)  # a sampler's is on the CPU
         emb = self.embedding(logsnr, len(z), tokens)  # b k emb_dim, k = 1, 1 + num_images or f
         emb = nnf.silu(per_frame(emb, frames))
         return emb, isolate(frames, num_images, z.device)
