@@ -35,7 +35,7 @@ class TrainConfig:
     cond_dropout: float = 0.1  # [0, 1] chance to drop a caption, for classifier-free guidance
     seed: int = 0  # [0, 2147483647] of weights, data and noise
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
+    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"  # auto: the fastest that the hardware has
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
     workers: int = -1  # [-1, 256] more processes that read clips ahead; -1: for films, half of the cores
     shard: bool = False  # with torchrun: each process holds a part of weights, EMA and Adam's state (FSDP2)
