@@ -60,9 +60,8 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
     """
     if config.channels not in (1, 3):
         raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
-    ahead = workers > 0 or config.dataset == "video_folder"  # made on the CPU, and sent while the GPU works
-    dataset = Batches(config, batch_size, seed, "cpu" if ahead else device, source_of(config))
-    pin = ahead and torch.device(device).type == "cuda"
+    dataset = Batches(config, batch_size, seed, "cpu", source_of(config))
+    pin = torch.device(device).type == "cuda"  # so that a batch is sent while the GPU works
     loader = DataLoader(dataset, None, sampler=count(start, stride), num_workers=workers, pin_memory=pin,
                         worker_init_fn=_ignore_signals, generator=torch.Generator())  # or it draws a number
     return _delivered(loader, device)
@@ -248,8 +247,8 @@ def _names(digits):
 
 def _paste(config, patches, positions, device):
     """Clips of patches (n, digits, side, side) uint8, with their top-left corners at positions."""
-    patches = patches.to(device, non_blocking=True)
-    corners = positions.long().to(device, non_blocking=True)
+    patches = patches.to(device)
+    corners = positions.long().to(device)
     n, digits, frames, _ = corners.shape
     side = patches.shape[-1]
     canvas = patches.new_zeros(n * frames, config.size, config.size)

@@ -94,9 +94,10 @@ def restore(state: State, content: dict[str, Any]) -> None:
     for network, weights in ((state.model, content["model"]), (state.ema, content["ema"])):
         now = network.state_dict()
         network.load_state_dict({name: part(value, now[name]) for name, value in weights.items()})
-    before = content["optimizer"]["state"]
-    for index, parameter in enumerate(state.model.parameters()):
-        for name, value in before.get(index, {}).items():
+    parameters = list(state.model.parameters())
+    for index, values in content["optimizer"]["state"].items():
+        parameter = parameters[index]
+        for name, value in values.items():
             kept = value.to(parameter.device, copy=True)
             if value.shape:  # fused Adam goes by the order in memory, which --shard changes
                 kept = torch.empty_like(parameter).copy_(part(value, parameter))
