@@ -329,7 +329,10 @@ def test_out_of_memory_names_the_levers(error: Exception, monkeypatch: MonkeyPat
         raise error
     monkeypatch.setattr(train, "loss", loss)
     line = refusal(train.main, [*TINY, "--out", tmp_path / "run"], monkeypatch, capsys)
-    assert all(lever in line for lever in ("--batch_size", "--accumulate", "--checkpointing", "--num"))
+    levers = ("--batch_size", "--accumulate", "--checkpointing", "--num")
+    if isinstance(error, torch.OutOfMemoryError):
+        levers = ("--batch_size 1 --accumulate 2 --checkpointing",)  # half of what TINY has
+    assert all(lever in line for lever in levers)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import torch
 
 import machine
 from machine import Machine, find_device, start
+from presets import FITS, PRESETS
+from settings import read_settings
 
 
 @pytest.mark.parametrize("name, sentence", [("gpu", "is not supported"), ("cuda:x", "is not supported"), ("meta", "is not supported"),
@@ -87,3 +89,23 @@ def test_networks_run_in_the_precision_that_was_asked_for(precision, dtype):
 def test_alone_a_process_is_all_processes():
     here = Machine(torch.device("cpu"))
     assert here.any(True) and not here.any(False) and here.mean(torch.tensor(3.0)) == 3.0
+
+
+@pytest.mark.parametrize("preset", FITS)
+def test_a_preset_for_gpus_takes_what_fits_and_the_same_clips_a_step(preset, monkeypatch, gpus):
+    gpus(1)
+    seen = []
+    for free in (0, 7, 11, 15, 23, 38, 78):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30))
+        s = read_settings(["--preset", preset])
+        assert s.train.batch_size * s.train.accumulate == 32
+        assert (s.train.batch_size, s.unet.checkpointing) in [(clips, again) for _, clips, again in FITS[preset]]
+        seen.append((s.train.batch_size, not s.unet.checkpointing))
+    assert len(set(seen)) == len(FITS[preset])
+    needed = [row[0] for row in FITS[preset]]
+    assert needed == sorted(needed, reverse=True) and needed[-1] == 0
+    by_hand = read_settings(["--preset", preset, "--batch_size", "3", "--checkpointing"])
+    assert (by_hand.train.batch_size, by_hand.unet.checkpointing) == (3, True)
+    assert read_settings(["--preset", preset, "--no-checkpointing"]).unet.checkpointing is False
+    unlike = read_settings(["--preset", preset, "--device", "cpu"])
+    assert unlike.train.batch_size == PRESETS[preset]["batch_size"]

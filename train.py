@@ -221,6 +221,8 @@ def announce(s: Settings, machine: Machine) -> None:
         reason = "it fits the data and this hardware"
     clips = s.train.batch_size * s.train.accumulate * machine.world
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
+    if machine.device.type == "cuda":
+        print(f"{s.train.batch_size} clips at a time, {'with' if s.unet.checkpointing else 'without'} --checkpointing")
     if s.train.latent:
         print(f"in the latents of {s.train.latent}")
     if s.train.resume and s.changes():
@@ -234,6 +236,10 @@ def main() -> None:
     try:
         with prepare(s, machine):
             fit(s, machine)
+    except torch.OutOfMemoryError:
+        half = max(1, s.train.batch_size // 2)
+        raise ValueError(f"out of memory: --batch_size {half} --accumulate {2 * s.train.accumulate} --checkpointing "
+                         "takes half or less, for as many clips in a step") from None
     finally:
         if machine.world > 1:
             dist.destroy_process_group()
