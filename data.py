@@ -60,8 +60,8 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
     """
     if config.channels not in (1, 3):
         raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
-    dataset = Batches(config, batch_size, seed, "cpu" if workers else device, source_of(config))
-    pin = config.dataset == "video_folder" and torch.device(device).type == "cuda"
+    dataset = Batches(config, batch_size, seed, "cpu", source_of(config))
+    pin = torch.device(device).type == "cuda"  # so that a batch is sent while the GPU works
     loader = DataLoader(dataset, None, sampler=count(start, stride), num_workers=workers, pin_memory=pin,
                         worker_init_fn=_ignore_signals, generator=torch.Generator())  # or it draws a number
     return _delivered(loader, device)

@@ -57,7 +57,7 @@ class SampleConfig:
     input: str = ""  # a video to start from; by default clips of the test split
     out: str = "samples"  # folder for the .gif, .webp and .png
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
+    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"  # auto: the fastest that the hardware has
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
 
     def __post_init__(self):

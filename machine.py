@@ -2,30 +2,38 @@
 import os
 import signal
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+
 
 @dataclass
 class Machine:
-    """The device and precision ("auto", "bf16", "float32") of a process, and its rank of world processes."""
+    """The device and precision ("auto" or one of DTYPES) of a process, and its rank of world processes."""
     device: torch.device
     precision: str = "auto"
     rank: int = 0
     world: int = 1
 
-    def bf16(self) -> bool:
-        """Whether to compute in bf16: as told, or, for "auto", where the hardware has it."""
+    def chosen(self) -> str:
+        """The precision to compute in: as told, or, for "auto", the fastest that the hardware has."""
         if self.precision != "auto":
-            return self.precision == "bf16"
+            return self.precision
         if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            return "bf16" if has_bf16 else "fp16"
         if self.device.type == "mps":
-            return False
+            return "float32"
         # emulated, it is slower than float32; PyTorch has no public way to ask, nor this one everywhere
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-        return has_bf16()
+        return "bf16" if has_bf16() else "float32"
+
+    def scales(self) -> bool:
+        """Whether the loss is scaled, since small gradients would be 0 in fp16."""
+        return self.chosen() == "fp16"
 
     def cores(self) -> int:
         """The CPU cores of this computer for each of the processes on it; torchrun says how many they are."""
@@ -33,13 +41,14 @@ class Machine:
 
     def autocast(self) -> torch.autocast:
         """The mixed-precision context that networks run in; it changes nothing in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16())
+        precision = self.chosen()
+        return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "float32")
 
     def any(self, here: bool) -> bool:
         """Whether it holds on any process; all of them must ask."""
         if self.world == 1:
             return here
-        return self.mean(torch.tensor(float(here), device=self.device)) > 0
+        return self.mean(torch.tensor(float(here))) > 0  # on the CPU: nobody waits for a GPU
 
     def mean(self, here: torch.Tensor) -> float:
         """The mean of a number over all processes; all of them must ask."""
@@ -54,39 +63,60 @@ class Machine:
             name = "Apple's GPU"
         else:
             name = f"CPU with {torch.get_num_threads()} threads"
-        precision = "bf16" if self.bf16() else "float32"
-        return f"{self.world} x {name}, {precision}"
+        return f"{self.world} x {name}, {self.chosen()}"
 
 
 def find_device(name: str) -> torch.device:
-    """The device of --device: "auto" is CUDA or Apple's GPU where there is one. Raises ValueError if it is
-    not there.
+    """The device of --device: "auto" is CUDA or Apple's GPU where it can be used; each of torchrun's processes
+    has a GPU of its own. Raises ValueError if it cannot be used.
     """
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if name == "auto":
-        for kind in there:
-            if there[kind]:
-                return torch.device(kind)
     kind, _, index = name.partition(":")
-    if kind not in there or not index.isdecimal() and index:
+    if kind not in ("auto", "cpu", "cuda", "mps") or not index.isdecimal() and index:
         raise ValueError(f"--device {name} is not supported: auto, cpu, cuda, cuda:N or mps")
-    if int(index or 0) >= there[kind]:
-        raise ValueError(f"--device {name} was given; PyTorch finds {there[kind]} {kind.upper()} devices")
+    cuda = "cuda"
+    if "LOCAL_RANK" in os.environ:  # set by torchrun
+        cuda = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "auto":
+        for candidate in (cuda, "mps", "cpu"):
+            if not fault(candidate):
+                return torch.device(candidate)
+    if kind == "cuda" and not index:
+        name = cuda
+    if fault(name):
+        raise ValueError(f"--device {name} was given; {fault(name)}")
     return torch.device(name)
+
+
+def fault(name: str) -> str:
+    """Why a device cannot be used, by a small kernel that is tried; "" if it can."""
+    kind, _, index = name.partition(":")
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if int(index or 0) >= there[kind]:
+        return f"PyTorch finds {there[kind]} {kind.upper()} devices"
+    try:
+        torch.ones(1, device=name).add(1).item()
+    except RuntimeError as error:  # an old driver, or a card that this build of PyTorch has no kernels for
+        return f"PyTorch cannot use it: {str(error).splitlines()[0]}"
+    return ""
 
 
 def start(device: str, precision: str, threads: int) -> Machine:
     """The Machine of --device, --precision and --threads; joins the process group if torchrun made one."""
     if threads:
         torch.set_num_threads(threads)
-    found, parallel = find_device(device), "RANK" in os.environ  # set by torchrun
-    if parallel and found.type == "cuda":
-        found = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    found = find_device(device)
+    if device == "auto" and found.type != "cuda" and torch.cuda.device_count():
+        print(f"there is a GPU, but {fault('cuda')}")
+    backend = "gloo"
+    if found.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it; on a CPU it is slower
     if found.index:
         torch.cuda.set_device(found)  # for what asks no further, such as torch.cuda.synchronize()
-    if not parallel:
+    if "RANK" not in os.environ:
         return Machine(found, precision)
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    # the others wait as long as the first one looks at clips
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     return Machine(found, precision, dist.get_rank(), dist.get_world_size())
 
 

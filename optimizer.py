@@ -1,6 +1,5 @@
 """What moves the weights: Adam or Muon, the learning rate of a step, and the averaged weights (EMA)."""
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +78,12 @@ def lr_factor(step: int, warmup: int, decay: str, steps: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def ema_update(decay: float) -> Callable:
-    """The update rule of the averaged weights: decay, less in the first few thousand steps."""
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        n = float(count)
-        now = min(decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, 1 - now)
-    return update
+@torch.no_grad()
+def ema_update(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """Moves the averaged weights (EMA) towards the model's after a step: decay, less in the first few
+    thousand steps, and at step 0 all the way.
+    """
+    now = min(decay, (1 + step) / (10 + step))
+    if step == 0:
+        now = 0.0
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - now)

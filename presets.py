@@ -65,6 +65,12 @@ PRESETS: dict[str, Flags] = {
     "cpu": CPU, "cuda": CUDA, "films": FILMS, "pixels": PIXELS, "autoencoder": AUTOENCODER, "ucf101": UCF101, "bair": BAIR, "kinetics600": KINETICS600,
     "text_small": TEXT_SMALL, "text_large": TEXT_LARGE, "text_9x128": TEXT_9X128}
 
+# ---- what fits on a GPU: GiB of its memory that must be free, clips in a micro-batch, --checkpointing -----
+
+FITS: dict[str, list[tuple[float, int, bool]]] = {  # peaks counted on fake tensors, a fifth more, and 1 GiB
+    "cuda": [(0.0, 32, False)],
+    "pixels": [(64.0, 32, False), (33.0, 16, False), (17.0, 32, True), (10.0, 16, True), (0.0, 8, True)]}
+
 # ---- how their checkpoints are sampled: for all modes, then what a mode has of its own -------------------
 
 SMALL_FRAMES: Flags = dict(steps=33, delta=0.6, w_t=0.0, w_r=1.5, w_r_power=-0.5)

@@ -68,7 +68,7 @@ def preview(state: State, s: Settings, machine: Machine) -> None:
     x, captions = next(batches(data, 4, s.train.seed, device=machine.device))
     with machine.autocast():
         if s.train.arch == "autoencoder":
-            coder = state.ema.module.eval()
+            coder = state.ema.eval()
             video = torch.cat([x, coder.video(coder.latents(x))])
         else:
             video = state.coder.video(drawn(state, state.coder.latents(x), captions, s))
@@ -78,7 +78,7 @@ def preview(state: State, s: Settings, machine: Machine) -> None:
 
 def drawn(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Tensor:
     """What the network draws for each caption, shaped like x, pixels or latents."""
-    network = state.ema.module.eval()
+    network = state.ema.eval()
     denoise = denoiser(network, s.diffusion, condition(captions, s.text, x.device))
     z = noise_like(x, torch.Generator().manual_seed(s.train.seed))  # always the same
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion)

@@ -1,7 +1,10 @@
 """The settings of a training run: flags, a run that is resumed or begun with, and the preset."""
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 import checkpoint
 import config
@@ -10,7 +13,7 @@ from data import DataConfig
 from diffusion import DiffusionConfig
 from machine import find_device
 from magicvideo import MagicVideoConfig
-from presets import PRESETS
+from presets import FITS, PRESETS
 from text import TextConfig
 
 
@@ -35,7 +38,7 @@ class TrainConfig:
     cond_dropout: float = 0.1  # [0, 1] chance to drop a caption, for classifier-free guidance
     seed: int = 0  # [0, 2147483647] of weights, data and noise
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # bf16 autocast where the hardware has it
+    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"  # auto: the fastest that the hardware has
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
     workers: int = -1  # [-1, 256] more processes that read clips ahead; -1: for films, half of the cores
     shard: bool = False  # with torchrun: each process holds a part of weights, EMA and Adam's state (FSDP2)
@@ -106,7 +109,7 @@ def read_settings(argv: list[str] | None = None) -> Settings:
             elif latent:
                 latent = str(HERE / latent)  # it comes with the project
         before.update(start_of(given.get("init", ""), latent))
-        return before | {"preset": preset, "latent": latent}
+        return before | fitting(preset, given) | {"preset": preset, "latent": latent}
 
     s = Settings(*config.parse(*PARTS, argv=argv, first=FIRST, defaults=defaults), before)
     check(s)
@@ -119,6 +122,22 @@ def suitable_preset(given: dict[str, Any]) -> str:
     if given.get("dataset", "moving_mnist") == "moving_mnist":
         return "cuda" if on_gpu else "cpu"
     return "pixels" if on_gpu else "films"
+
+
+def fitting(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """How a preset divides its clips of a step so that they fit on the GPU; {} where flags by hand say it, on a
+    CPU, and under torchrun, whose processes must agree.
+    """
+    device = find_device(given.get("device", "auto"))
+    by_hand = "batch_size" in given or "accumulate" in given
+    if preset not in FITS or device.type != "cuda" or by_hand or "RANK" in os.environ:
+        return {}
+    free, _ = torch.cuda.mem_get_info(device)
+    for needed, clips, checkpointing in FITS[preset]:  # the fastest first
+        if free >= needed * 2**30:
+            break
+    whole = PRESETS[preset]["batch_size"] * PRESETS[preset].get("accumulate", 1)
+    return {"batch_size": clips, "accumulate": whole // clips, "checkpointing": checkpointing}
 
 
 def resumed(given: dict[str, Any]) -> dict[str, Any]:

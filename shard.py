@@ -3,7 +3,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from machine import Machine
@@ -14,7 +14,7 @@ def parallel(model: nn.Module, machine: Machine, shard: bool) -> nn.Module:
     """What the training loop calls: the model, whose gradients are those of all processes."""
     if machine.world == 1 or shard:  # what is sharded sees to that itself
         return model
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def split(networks: list[nn.Module]) -> None:
@@ -32,24 +32,22 @@ def split(networks: list[nn.Module]) -> None:
         fully_shard(network, reshard_after_forward=True)
 
 
-def split_optimizer(new: torch.optim.Optimizer, whole: torch.optim.Optimizer) -> None:
-    """Fills new, the optimizer of split weights, with its part of the state of whole."""
+def part(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of whole that like is of its own, on its device, where like is split; else whole."""
+    if not hasattr(like, "placements"):
+        return whole
     from torch.distributed.tensor import distribute_tensor
 
-    pairs = zip(whole.param_groups[0]["params"], new.param_groups[0]["params"])
-    for before, parameter in pairs:
-        state = {}
-        for name, value in whole.state[before].items():
-            if value.shape:
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            state[name] = value
-        new.state[parameter] = state
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # each has read it
 
 
-def gathered(content: Any) -> Any:
-    """The same, with whole tensors where --shard left each process a part; all of them must ask."""
+def gathered(content: Any, keep: bool = True) -> Any:
+    """The same, with whole tensors where --shard left each process a part; all of them must ask. A process
+    that does not keep them has memory for one at a time.
+    """
     if isinstance(content, dict):
-        return {name: gathered(value) for name, value in content.items()}
-    if hasattr(content, "full_tensor"):
-        return content.full_tensor().cpu()
-    return content
+        return {name: gathered(value, keep) for name, value in content.items()}
+    if not hasattr(content, "full_tensor"):
+        return content
+    whole = content.full_tensor()
+    return whole.cpu() if keep else None

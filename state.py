@@ -4,6 +4,7 @@ There is no random state to save. Everything random in micro-batch i, data, time
 on (--seed, i) alone, so that weights, the optimizer's state and the step make a resumed run the whole one.
 """
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,25 +12,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
 from autoencoder import Autoencoder, Pixels, frozen
 from data import batches
 from machine import Machine
 from magicvideo import build_network
-from optimizer import ema_update, make_optimizer
+from optimizer import make_optimizer
 from presets import SAMPLING
 from settings import Settings, TrainConfig, read_run
-from shard import gathered, split, split_optimizer
+from shard import gathered, part, split
 
 
 @dataclass
 class State:
     """All that training changes; and the coder whose latents are diffused, which stays as it is."""
     model: nn.Module
-    ema: AveragedModel
+    ema: nn.Module  # with averaged weights
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing but in fp16
     coder: Autoencoder | Pixels
     step: int = 0
 
@@ -48,8 +49,12 @@ def new_state(s: Settings, device: torch.device) -> State:
         model = model.to(memory_format=torch.channels_last)
     else:
         model = model.to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(model, multi_avg_fn=ema_update(s.train.ema))
-    state = State(model, ema, optimizer_of(model, s.train), Pixels())
+    ema = copy.deepcopy(model)
+    if s.train.shard:
+        split([model, ema])
+    optimizer = make_optimizer(s.train.optimizer, model, s.train.lr, s.train.beta2, s.train.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=Machine(device, s.train.precision).scales())
+    state = State(model, ema, optimizer, scaler, Pixels())
     if s.train.resume:
         with weights_of("resume", s) as content:
             restore(state, content)
@@ -57,17 +62,7 @@ def new_state(s: Settings, device: torch.device) -> State:
                 state.coder = frozen(s.autoencoder, content["autoencoder"], device)
     elif s.train.latent:
         state.coder = new_coder(s, device)
-    if s.train.shard:
-        whole = state.optimizer
-        split([state.model, state.ema.module])
-        state.optimizer = optimizer_of(state.model, s.train)
-        split_optimizer(state.optimizer, whole)
     return state
-
-
-def optimizer_of(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that the flags name, of the model as it is now."""
-    return make_optimizer(train.optimizer, model, train.lr, train.beta2, train.weight_decay)
 
 
 def new_coder(s: Settings, device: torch.device) -> Autoencoder:
@@ -93,16 +88,22 @@ def weights_of(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
 
 
 def restore(state: State, content: dict[str, Any]) -> None:
-    """Puts a checkpoint's content into state. There is no random state in it: see the head of this file."""
-    state.model.load_state_dict(content["model"])
-    state.ema.module.load_state_dict(content["ema"])
-    state.ema.n_averaged.copy_(content["ema_count"])
-    groups = state.optimizer.state_dict()["param_groups"]  # as the flags say now
-    state.optimizer.load_state_dict(content["optimizer"] | {"param_groups": groups})
-    for parameter, values in state.optimizer.state.items():
+    """Puts a checkpoint's content into state, whatever each process holds of it, beside the parameters. There is
+    no random state in it: see the head of this file.
+    """
+    for network, weights in ((state.model, content["model"]), (state.ema, content["ema"])):
+        now = network.state_dict()
+        network.load_state_dict({name: part(value, now[name]) for name, value in weights.items()})
+    parameters = list(state.model.parameters())
+    for index, values in content["optimizer"]["state"].items():
+        parameter = parameters[index]
         for name, value in values.items():
+            kept = value.to(parameter.device, copy=True)
             if value.shape:  # fused Adam goes by the order in memory, which --shard changes
-                values[name] = torch.empty_like(parameter).copy_(value)
+                kept = torch.empty_like(parameter).copy_(part(value, parameter))
+            state.optimizer.state[parameter][name] = kept
+    if content.get("scaler"):
+        state.scaler.load_state_dict(content["scaler"])
     state.step = int(content["step"])
 
 
@@ -111,11 +112,11 @@ def save_state(state: State, s: Settings, machine: Machine) -> Path:
     processes must ask; the first one writes.
     """
     content = {"settings": s.flat(), "step": state.step, "sampling": SAMPLING[s.train.preset],
-               "model": state.model.state_dict(), "ema": state.ema.module.state_dict(),
-               "ema_count": state.ema.n_averaged, "optimizer": state.optimizer.state_dict()}
+               "model": state.model.state_dict(), "ema": state.ema.state_dict(),
+               "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
     if s.train.latent:
         content["autoencoder"] = state.coder.state_dict()
-    content = gathered(content)
+    content = gathered(content, machine.rank == 0)
     path = Path(s.train.out) / f"checkpoint_{state.step:08d}.pt"
     if machine.rank == 0:
         checkpoint.save(path, content)

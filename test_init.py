@@ -36,7 +36,7 @@ def test_a_run_begins_with_the_averaged_weights_and_the_network_of_another(slow,
     state = new_state(s, CPU.device)
     assert (s.unet.dim, s.text.cond_dim, s.data.size, s.data.num_images) == (8, 8, 16, 3)
     assert s.data.frame_stride == (1,) and state.step == 0
-    for weights in (state.model.state_dict(), state.ema.module.state_dict()):
+    for weights in (state.model.state_dict(), state.ema.state_dict()):
         assert all(torch.equal(value, old["ema"][name]) for name, value in weights.items())
 
 

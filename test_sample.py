@@ -52,7 +52,7 @@ def checkpointed(folder: Path, *flags: str) -> Path:
     s = settings.read_settings([*TINY, *flags, "--out", str(folder)])
     folder.mkdir(parents=True)
     made, generator = state.new_state(s, CPU.device), torch.Generator().manual_seed(1)
-    for parameter in made.ema.module.parameters():
+    for parameter in made.ema.parameters():
         parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     state.save_state(made, s, CPU)
     return folder

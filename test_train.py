@@ -77,7 +77,7 @@ def tensors(content: object) -> list[Tensor]:
 
 def learned(content: dict) -> list[Tensor]:
     """Weights, averaged weights and Adam's state of a checkpoint."""
-    return tensors([content[key] for key in ("model", "ema", "ema_count", "optimizer")])
+    return tensors([content[key] for key in ("model", "ema", "optimizer")])
 
 
 def apart(ours: dict, theirs: dict, *parts: str) -> float:
@@ -109,7 +109,7 @@ def recorded(flags: list, folder: Path, stop_after: int = 0) -> Recorded:
     """A run with these flags into folder; after so many steps it is sent SIGTERM."""
     weights, rates, fed, step, loss = [], [], [], train.train_step, train.micro_batch_loss
 
-    def spying_step(network: nn.Module, state: State, *rest: object) -> tuple[Tensor, Tensor]:
+    def spying_step(network: nn.Module, state: State, *rest: object) -> tuple[Tensor, float]:
         if not weights:
             state.optimizer.register_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
         result = step(network, state, *rest)
@@ -245,7 +245,7 @@ def gradients(s: settings.Settings, stream: Iterator) -> tuple[list[Tensor], flo
     state.optimizer.register_step_pre_hook(
         lambda *_: seen.extend(p.grad.clone() for p in state.model.parameters() if p.grad is not None))
     _, norm = train.train_step(state.model, state, stream, s, CPU)
-    return seen, norm.item()
+    return seen, norm
 
 
 def test_accumulating_micro_batches_is_one_large_batch(monkeypatch: MonkeyPatch) -> None:
@@ -307,7 +307,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monke
     before = [p.detach().clone() for p in state.model.parameters()]
     monkeypatch.setattr(train, "loss", lambda network, *rest: network.entry.weight.sum() * math.inf)
     train.train_step(state.model, state, batches(s.data, 2, 0), s, CPU)
-    assert same(list(state.model.parameters()), before) and same(list(state.ema.module.parameters()), before)
+    assert same(list(state.model.parameters()), before) and same(list(state.ema.parameters()), before)
     assert not state.optimizer.state and state.step == 0
 
 
@@ -324,6 +324,39 @@ def test_a_run_whose_gradient_is_not_finite_can_be_resumed(
     assert "gradient of step 3 is not finite" in error and "--resume" in error
     program(monkeypatch, ["--resume", tmp_path / "run"])  # as it says
     assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] == 4
+
+
+def test_fp16_skips_a_step_whose_gradient_overflows_counts_it_and_goes_on_as_it_was(
+        monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    honest, calls = train.loss, itertools.count()
+    flags = [*TINY, *"--precision fp16 --steps 4 --save_every 2 --log_every 2 --decay constant".split()]
+    half = Machine(torch.device("cpu"), "fp16")
+
+    def run(folder: Path, *more: object) -> dict:
+        s = settings.read_settings([*map(str, more)])
+        with train.prepare(s, half):
+            train.fit(s, half)
+        return checkpoint.load(checkpoint.newest(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loss", lambda *given, **more: (
+            honest(*given, **more) * (1e30 if next(calls) == 1 else 1)))  # finite, until it is scaled
+        whole = run(tmp_path / "run", *flags, "--out", tmp_path / "run")
+    skipped, none = (line["skipped"] for line in metrics(tmp_path / "run"))
+    assert skipped >= 1 and none == 0  # the first scale may be too large as well
+    assert whole["step"] == 4 and whole["scaler"]["scale"] == 2**(16 - skipped)
+    assert {int(kept["step"]) for kept in whole["optimizer"]["state"].values()} == {4 - skipped}
+    (tmp_path / "run" / "checkpoint_00000004.pt").unlink()
+    again = run(tmp_path / "run", "--resume", tmp_path / "run")
+    assert same(learned(again), learned(whole)) and again["scaler"] == whole["scaler"]
+
+
+def test_fifty_gradients_in_a_row_that_are_not_finite_are_an_error_in_fp16(
+        monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
+    monkeypatch.setattr(train, "loss", lambda network, *rest: network.entry.weight.sum() * math.inf)
+    with pytest.raises(SystemExit):
+        program(monkeypatch, [*TINY, "--precision", "fp16", "--out", tmp_path])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "fifty gradients in a row were not finite and not applied; step 50 is saved" in error
 
 
 # ---- it learns ---------------------------------------------------------------------------------------------
@@ -375,7 +408,7 @@ def test_two_clips_are_learned_by_heart_and_drawn_when_their_caption_is_given(sq
     state = new_state(s, CPU.device)
     losses = [train.train_step(state.model, state, stream, s, CPU)[0].item() for _ in range(s.train.steps)]
     assert sum(losses[:10]) / 10 > 0.8 and sum(losses[-50:]) / 50 < 0.1, (losses[:10], losses[-50:])
-    likeness, distance = squares.drawn(state.ema.module)
+    likeness, distance = squares.drawn(state.ema)
     assert likeness.argmax(1).tolist() == distance.argmin(1).tolist() == [0, 1] * 4  # as the captions say
     assert likeness.max(1).values.min() > 0.9, likeness
     assert distance.min(1).values.max() < 0.1, distance  # the clips are 0.84 apart
@@ -407,8 +440,8 @@ def test_metrics_are_whole_lines_of_numbers(whole: Recorded) -> None:
     lines = metrics(whole.folder)
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
-        assert set(line) == {"step", "loss", "grad_norm", "lr", "clips_per_second"}
-        assert all(math.isfinite(value) for value in line.values())
+        assert set(line) == {"step", "loss", "grad_norm", "skipped", "lr", "clips_per_second"}
+        assert line["skipped"] == 0 and all(math.isfinite(value) for value in line.values())
         assert line["loss"] > 0 and line["grad_norm"] > 0 and line["clips_per_second"] > 0
 
 
@@ -622,10 +655,10 @@ def test_shards_learn_what_one_process_learns_and_either_resumes_the_other(tmp_p
 @pytest.mark.slow
 def test_each_process_holds_its_part_of_what_is_sharded(tmp_path: Path) -> None:
     program = f"""
-import settings, state, torch.distributed as dist
+import settings, state, torch, torch.distributed as dist
 dist.init_process_group("gloo")
-state = state.new_state(settings.read_settings({[*TINY, "--shard"]!r}), "cpu")
-for network in (state.model, state.ema.module):
+state = state.new_state(settings.read_settings({[*TINY, "--shard"]!r}), torch.device("cpu"))
+for network in (state.model, state.ema):
     whole = sum(p.numel() for p in network.parameters())
     here = sum(p.to_local().numel() for p in network.parameters())
     assert 0.4 * whole < here < 0.6 * whole, (here, whole)

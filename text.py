@@ -49,6 +49,7 @@ def _wave(fps, dim):
     return torch.cat([angles.sin(), angles.cos()])[:dim]
 
 
+@lru_cache(maxsize=8192)
 def _words(caption, config):
     words = re.findall(r"\w+|[^\w\s]", caption.lower())[:config.tokens]
     vectors = torch.empty(len(words), config.cond_dim)

@@ -5,6 +5,7 @@ processes with torchrun are one process with N times the --accumulate, and a res
 """
 import contextlib
 import json
+import math
 import shlex
 import signal
 import time
@@ -22,7 +23,7 @@ import config
 from data import batches
 from diffusion import loss
 from machine import Machine, start, stop_signals
-from optimizer import lr_factor
+from optimizer import ema_update, lr_factor
 from progress import log, plot_loss, preview
 from settings import Settings, read_settings, suitable_preset
 from shard import gathered, parallel
@@ -40,19 +41,20 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
     if s.train.arch == "autoencoder":
         with machine.autocast():
             return autoencoder.loss(network, x, s.autoencoder)
-    cond = condition(captions, s.text, x.device)
+    cond = condition(captions, s.text, torch.device("cpu"))
     if cond is not None:
         kept = torch.rand(cond.shape[:2]) >= s.train.cond_dropout
-        cond = cond * kept[..., None, None].to(x.device)
+        cond = cond * kept[..., None, None]
+        cond = cond.to(x.device, non_blocking=x.is_cuda)
     with machine.autocast():
         return loss(network, x, s.diffusion, cond, s.data.num_images).mean()
 
 
 def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
-               machine: Machine) -> tuple[Tensor, Tensor]:
+               machine: Machine) -> tuple[Tensor, float]:
     """One optimizer step over --accumulate micro-batches. Returns the mean loss and the gradient's norm.
 
-    A gradient that is not finite is not applied, and the step does not count.
+    A gradient that is not finite is not applied, and the step counts in fp16 alone, whose scale then falls.
     """
     total = torch.zeros((), device=machine.device)
     for part in range(s.train.accumulate):
@@ -62,16 +64,20 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
         waits = part < s.train.accumulate - 1 and hasattr(network, "no_sync")
         with network.no_sync() if waits else contextlib.nullcontext():
             part_loss = micro_batch_loss(network, batch, index, s, machine) / s.train.accumulate
-            part_loss.backward()
+            state.scaler.scale(part_loss).backward()
         total += part_loss.detach()
+    state.scaler.unscale_(state.optimizer)
     norm = gathered(nn.utils.clip_grad_norm_(state.model.parameters(), s.train.clip))
-    if torch.isfinite(norm):
+    norm = norm.item()  # the one wait for a GPU
+    if math.isfinite(norm):
         factor = lr_factor(state.step, s.train.warmup, s.train.decay, s.train.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = s.train.lr * factor
         state.optimizer.step()
-        state.ema.update_parameters(state.model)
+        ema_update(state.ema, state.model, state.step, s.train.ema)
+    if math.isfinite(norm) or state.scaler.is_enabled():
         state.step += 1
+    state.scaler.update()
     state.optimizer.zero_grad()
     return total, norm
 
@@ -82,19 +88,26 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
 def fit(s: Settings, machine: Machine) -> None:
     """The training loop: steps, metrics, previews and checkpoints, until --steps or a signal to stop."""
     state, stop = new_state(s, machine.device), stop_signals()
-    network = torch.compile(state.model) if s.train.compile else state.model
-    network = parallel(network, machine, s.train.shard)
+    network = parallel(state.model, machine, s.train.shard)
+    if s.train.compile:  # last, so that it cuts the graph where processes exchange gradients
+        network = torch.compile(network)
     first = state.step * s.train.accumulate * machine.world + machine.rank
     stream = batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device,
                      readers(s, machine))
     clips = s.train.batch_size * s.train.accumulate * machine.world
-    norm, losses, begun = torch.zeros(()), [], time.time()
+    allowed = 50 if state.scaler.is_enabled() else 1
+    failed, skipped, losses, begun = 0, 0, [], time.time()
     bar = tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
                disable=machine.rank > 0)
     with bar, contextlib.closing(stream):  # or the stream's workers would stay
         while state.step < s.train.steps and not machine.any(bool(stop)):
             value, norm = train_step(network, state, stream, s, machine)
-            if not torch.isfinite(norm):
+            if math.isfinite(norm):
+                failed = 0
+            else:
+                failed += 1
+                skipped += 1
+            if failed == allowed:
                 break
             losses.append(value)
             bar.update(clips)
@@ -103,20 +116,22 @@ def fit(s: Settings, machine: Machine) -> None:
                 bar.set_postfix(step=state.step, loss=f"{value:.4f}")
                 if machine.rank == 0:
                     log(Path(s.train.out), {
-                        "step": state.step, "loss": value, "grad_norm": norm.item(),
+                        "step": state.step, "loss": value, "grad_norm": norm, "skipped": skipped,
                         "lr": state.optimizer.param_groups[0]["lr"],
                         "clips_per_second": clips * len(losses) / (time.time() - begun)})
-                losses, begun = [], time.time()
+                skipped, losses, begun = 0, [], time.time()
             keep(state, s, machine)
-    finish(state, s, stop, norm, machine)
+    finish(state, s, stop, failed == allowed, machine)
 
 
 def readers(s: Settings, machine: Machine) -> int:
-    """How many more processes read clips ahead: --workers, or for films half of the cores."""
+    """How many more processes read clips ahead: --workers, or for films half of the cores, and one that makes
+    digits while a GPU works.
+    """
     if s.train.workers >= 0:
         return s.train.workers
     if s.data.dataset != "video_folder":
-        return 0
+        return int(machine.device.type == "cuda")
     return max(1, machine.cores() // 2)
 
 
@@ -130,16 +145,18 @@ def keep(state: State, s: Settings, machine: Machine) -> None:
         preview(state, s, machine)
 
 
-def finish(state: State, s: Settings, stop: list[int], norm: Tensor, machine: Machine) -> None:
-    """Saves and says how to go on; exits with 128 + a signal, raises ValueError if norm is not finite."""
+def finish(state: State, s: Settings, stop: list[int], failed: bool, machine: Machine) -> None:
+    """Saves and says how to go on; exits with 128 + a signal, raises ValueError if training failed."""
     path = save_state(state, s, machine)
     out = shlex.quote(s.train.out)
     go_on = f"python train.py --resume {out}"
-    if not torch.isfinite(norm):
+    if failed:
         if machine.rank > 0:
             return
-        raise ValueError(f"the gradient of step {state.step + 1} is not finite and was not applied; step "
-                         f"{state.step} is saved: {go_on} with a lower --lr or --precision float32")
+        what = f"the gradient of step {state.step + 1} is not finite and was not applied"
+        if state.scaler.is_enabled():
+            what = "fifty gradients in a row were not finite and not applied"
+        raise ValueError(f"{what}; step {state.step} is saved: {go_on} with a lower --lr or --precision float32")
     if state.step % s.train.preview_every:
         preview(state, s, machine)
     if machine.rank > 0:
@@ -204,6 +221,8 @@ def announce(s: Settings, machine: Machine) -> None:
         reason = "it fits the data and this hardware"
     clips = s.train.batch_size * s.train.accumulate * machine.world
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
+    if machine.device.type == "cuda":
+        print(f"{s.train.batch_size} clips at a time, {'with' if s.unet.checkpointing else 'without'} --checkpointing")
     if s.train.latent:
         print(f"in the latents of {s.train.latent}")
     if s.train.resume and s.changes():
@@ -217,6 +236,10 @@ def main() -> None:
     try:
         with prepare(s, machine):
             fit(s, machine)
+    except torch.OutOfMemoryError:
+        half = max(1, s.train.batch_size // 2)
+        raise ValueError(f"out of memory: --batch_size {half} --accumulate {2 * s.train.accumulate} --checkpointing "
+                         "takes half or less, for as many clips in a step") from None
     finally:
         if machine.world > 1:
             dist.destroy_process_group()

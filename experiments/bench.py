@@ -4,6 +4,7 @@
 how fast the clips in --data_dir are read. What is compared takes turns in one process, A B A B, so that a
 noisy machine is noisy for all of it.
 """
+import copy
 import shlex
 import statistics
 import sys
@@ -15,7 +16,6 @@ from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import config
 from data import DataConfig, batches
@@ -92,7 +92,8 @@ class Trainer:
     def __init__(self, network: nn.Module, c: BenchConfig, machine: Machine):
         self.machine = machine
         self.network = network.to(machine.device)
-        self.ema = AveragedModel(network, multi_avg_fn=ema_update(0.999))
+        self.ema = copy.deepcopy(self.network)
+        self.steps = 0
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
         shape = c.batch_size, 1, 16, c.size, c.size
         self.x = torch.randn(shape, device=machine.device)
@@ -103,7 +104,8 @@ class Trainer:
             losses = loss(self.network, self.x, DiffusionConfig())
         losses.mean().backward()
         self.optimizer.step()
-        self.ema.update_parameters(self.network)
+        ema_update(self.ema, self.network, self.steps, 0.999)
+        self.steps += 1
         self.optimizer.zero_grad()
 
     @torch.no_grad()
