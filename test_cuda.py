@@ -143,7 +143,7 @@ def fake_cuda(has_bf16: bool = True) -> Iterator[Waits]:
 TINY = ("--device cpu --size 16 --frames 4 --dim 16 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--num_images 1 --batch_size 2 --attention_resolutions 8 --accumulate 1").split()
 PIXELS = [*TINY, *"--preset pixels --cond_dim 8".split()]
-LATENTS = [*TINY, *"--preset cuda --size 32 --attention_resolutions 2".split()]
+LATENTS = [*TINY, *"--preset cuda --size 32 --dim_mults 1 --attention_resolutions 4".split()]
 
 
 def built(s: Settings) -> state.State:
@@ -212,7 +212,7 @@ MODES = [*sample.MODES]
 
 
 @pytest.mark.parametrize("mode, flags, options", [
-    ("cascade", PIXELS, {"text": "a 3", "w": 1.0}),
+    ("cascade", PIXELS, {"text": "a 3"}),
     pytest.param("predict", PIXELS, {"text": "a 3", "w": 1.0, "w_t": 1.0, "w_t_from": -40.0, "delta": 0.1}, marks=slow),
     *(pytest.param(mode, flags, {"sampler": "dpm_solver"}, marks=slow) for flags in (PIXELS, LATENTS) for mode in MODES),
     pytest.param("predict", [*PIXELS, "--arch", "magicvideo"], {"method": "replacement"}, marks=slow),
