@@ -60,7 +60,7 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
     """
     if config.channels not in (1, 3):
         raise ValueError(f"channels is {config.channels}, but only 1 (grey) and 3 (RGB) are possible")
-    dataset = Batches(config, batch_size, seed, "cpu", source_of(config))
+    dataset = Batches(config, batch_size, seed, source_of(config))
     pin = torch.device(device).type == "cuda"  # so that a batch is sent while the GPU works
     loader = DataLoader(dataset, None, sampler=count(start, stride), num_workers=workers, pin_memory=pin,
                         worker_init_fn=_ignore_signals, generator=torch.Generator())  # or it draws a number
@@ -86,13 +86,12 @@ def source_of(config: DataConfig) -> Callable[..., tuple]:
 
 @dataclass
 class Batches(Dataset):
-    """Batch i by its index: uint8 or float x, captions, and what could not be read. It depends on (config,
-    batch_size, seed, i) alone.
+    """Batch i by its index, on the CPU: uint8 or float x, captions, and what could not be read. It depends on
+    (config, batch_size, seed, i) alone.
     """
     config: DataConfig
     batch_size: int
     seed: int
-    device: Device
     source: Callable
 
     def __getitem__(self, i: int) -> tuple[Tensor, list[list[str]], list[str]]:
@@ -112,12 +111,12 @@ class Batches(Dataset):
     def clips(self, n: int, rng: np.random.Generator) -> tuple:
         """n clips from source. Of several strides each clip draws one, and its caption says the speed."""
         if len(self.config.frame_stride) == 1:
-            return self.source(self.config, n, rng, self.device)
+            return self.source(self.config, n, rng, "cpu")
         xs, captions = [], []
         truth = {"clips": [], "faults": []}
         for stride in rng.choice(self.config.frame_stride, n).tolist():
             config = replace(self.config, frame_stride=(stride,))
-            x, (caption,), known = self.source(config, 1, rng, self.device)
+            x, (caption,), known = self.source(config, 1, rng, "cpu")
             xs.append(x)
             captions.append(f"{caption} at {8 / stride:g} fps")
             for name in truth:
@@ -131,8 +130,8 @@ class Batches(Dataset):
         clips then, and takes none of those.
         """
         if self.config.dataset == "video_folder":
-            return self.source(self.config, n, rng, self.device, beside)
-        x, captions, truth = self.source(self.config, n, rng, self.device)
+            return self.source(self.config, n, rng, "cpu", beside)
+        x, captions, truth = self.source(self.config, n, rng, "cpu")
         shown = rng.integers(0, self.config.frames, n)
         return x[np.arange(n), :, shown, None], captions, truth
 

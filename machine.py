@@ -31,10 +31,6 @@ class Machine:
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
         return "bf16" if has_bf16() else "float32"
 
-    def scales(self) -> bool:
-        """Whether the loss is scaled, since small gradients would be 0 in fp16."""
-        return self.chosen() == "fp16"
-
     def cores(self) -> int:
         """The CPU cores of this computer for each of the processes on it; torchrun says how many they are."""
         return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -68,7 +68,7 @@ PRESETS: dict[str, Flags] = {
 # ---- what fits on a GPU: GiB of its memory that must be free, clips in a micro-batch, --checkpointing -----
 
 FITS: dict[str, list[tuple[float, int, bool]]] = {  # peaks counted on fake tensors, a fifth more, and 1 GiB
-    "cuda": [(0.0, 32, False)],
+    "cuda": [(5.0, 32, False), (0.0, 32, True)],
     "pixels": [(64.0, 32, False), (33.0, 16, False), (17.0, 32, True), (10.0, 16, True), (0.0, 8, True)]}
 
 # ---- how their checkpoints are sampled: for all modes, then what a mode has of its own -------------------

@@ -53,7 +53,8 @@ def new_state(s: Settings, device: torch.device) -> State:
     if s.train.shard:
         split([model, ema])
     optimizer = make_optimizer(s.train.optimizer, model, s.train.lr, s.train.beta2, s.train.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=Machine(device, s.train.precision).scales())
+    precision = Machine(device, s.train.precision).chosen()
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # or small gradients would be 0
     state = State(model, ema, optimizer, scaler, Pixels())
     if s.train.resume:
         with weights_of("resume", s) as content:

@@ -241,7 +241,7 @@ def test_what_a_worker_finds_broken_is_one_sentence_too(tmp_path, capsys):
 def test_workers_that_do_not_share_memory_make_the_same_batches(tmp_path):
     for i in range(3):
         array(tmp_path / f"{i}.npy")
-    made = Batches(config(tmp_path), 4, 0, "cpu", source_of(config(tmp_path)))
+    made = Batches(config(tmp_path), 4, 0, source_of(config(tmp_path)))
     x, captions, _ = pickle.loads(pickle.dumps(made))[5]  # as spawned ones do
     assert torch.equal(x, made[5][0]) and captions == made[5][1]
 

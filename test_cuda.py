@@ -143,7 +143,7 @@ def fake_cuda(has_bf16: bool = True) -> Iterator[Waits]:
 TINY = ("--device cpu --size 16 --frames 4 --dim 16 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--num_images 1 --batch_size 2 --attention_resolutions 8 --accumulate 1").split()
 PIXELS = [*TINY, *"--preset pixels --cond_dim 8".split()]
-LATENTS = [*TINY, *"--preset cuda --size 32 --attention_resolutions 2".split()]
+LATENTS = [*TINY, *"--preset cuda --size 32 --dim_mults 1 --attention_resolutions 4".split()]
 
 
 def built(s: Settings) -> state.State:
@@ -212,7 +212,8 @@ MODES = [*sample.MODES]
 
 
 @pytest.mark.parametrize("mode, flags, options", [
-    ("cascade", PIXELS, {"text": "a 3", "w": 1.0, "w_t": 1.0, "delta": 0.1}),
+    ("cascade", PIXELS, {"text": "a 3"}),
+    pytest.param("predict", PIXELS, {"text": "a 3", "w": 1.0, "w_t": 1.0, "w_t_from": -40.0, "delta": 0.1}, marks=slow),
     *(pytest.param(mode, flags, {"sampler": "dpm_solver"}, marks=slow) for flags in (PIXELS, LATENTS) for mode in MODES),
     pytest.param("predict", [*PIXELS, "--arch", "magicvideo"], {"method": "replacement"}, marks=slow),
     pytest.param("generate", PIXELS, {"sampler": "ddim"}, marks=slow)])
@@ -222,6 +223,7 @@ def test_sampling_keeps_to_the_gpu(mode: str, flags: list[str], options: dict) -
         made = built(s)
         network = made.ema.eval().requires_grad_(False)
         model = infill.Model(network, s.data, s.diffusion, s.text, CUDA, made.coder)
-        one = infill.SampleConfig(mode=mode, num=1, steps=2, frames=7, overlap=2, **options)
+        frames = 6 if mode == "extend" else 4
+        one = infill.SampleConfig(mode=mode, num=1, steps=2, frames=frames, overlap=2, **options)
         video = infill.fill(model, one, sample.MODES[mode](model, one))
-        assert video.device == CUDA and video.shape == (1, 1, 7, s.data.size, s.data.size)
+        assert video.device == CUDA and video.shape == (1, 1, frames, s.data.size, s.data.size)

@@ -293,7 +293,7 @@ def test_image_frames_are_frames_of_other_clips_with_their_own_caption():
 @pytest.mark.parametrize("make, dataset", [(moving_mnist, ALL[0])])
 def test_an_image_frame_is_a_random_frame_of_the_clip_its_caption_describes(make, dataset):
     config = DataConfig(dataset=dataset, frames=8)
-    stream = data.Batches(config, 60, 0, "cpu", data.source_of(config))
+    stream = data.Batches(config, 60, 0, data.source_of(config))
     images, names, _ = stream.images(60, data._rng(0), beside={})
     clips, captions, _ = make(config, 60, 0)
     frames = [[t for t in range(8) if torch.equal(a[:, 0], b[:, t])] for a, b in zip(images, clips)]

@@ -669,6 +669,46 @@ dist.destroy_process_group()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["--shard", "--no-shard"])
+def test_all_processes_ask_for_the_same_collectives_and_one_keeps_the_whole_state(shard: str, tmp_path: Path) -> None:
+    """NCCL would wait for the one that is missing; a preview, checkpoints and --resume are among them."""
+    flags = [*TINY, *f"--cond_dim 8 --preview_every 2 --save_every 2 --log_every 1 {shard}".split()]
+    runs = [[*flags, "--steps", 2, "--out", tmp_path / "run"], ["--resume", tmp_path / "run", "--steps", 4]]
+    program = f"""
+import json, pathlib, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, torch.distributed as dist, config, state, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+calls, kept = [], []
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            calls.append(str(operation))
+        return operation(*args, **(kwargs or {{}}))
+
+def gathered(content, keep, honest=state.gathered):
+    result = honest(content, keep)
+    kept.extend(result["model"].values())
+    return result
+state.gathered = gathered
+run, *sys.argv[1:] = sys.argv[1:]
+with Count():
+    config.run(train.main)
+held = sum(value is not None for value in kept)
+pathlib.Path(f"{tmp_path}/{{run}}_{{train.os.environ['RANK']}}").write_text(json.dumps([calls, held]))
+"""
+    (file := tmp_path / "counted.py").write_text(program.replace("train.os", "__import__('os')"))
+    for number, words in enumerate(runs):
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+        done = subprocess.run(**processes(*torchrun, file, number, *words))
+        assert done.returncode == 0, done.stderr
+        (calls, held), (others, held_there) = (json.loads((tmp_path / f"{number}_{rank}").read_text()) for rank in range(2))
+        assert calls == others and len(calls) > 4
+        assert held > 0 and (held_there == 0) == (shard == "--shard")  # a whole model is on each GPU anyway
+
+
 def stopped(program: dict, folder: Path, number: int, beyond: int) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a training process that gets a signal after this step."""
     with subprocess.Popen(**program) as process:
