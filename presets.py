@@ -15,7 +15,7 @@ CPU: Flags = dict(
     dim=40, dim_mults=(1, 2, 4), blocks=2, attention_resolutions=(2, 4), head_dim=32,
     emb_dim=256, emb_layers=2, cond_dim=0, scale_shift=True,
     # process and training
-    noise_shift=3.0, frame_noise=0.5, optimizer="muon", lr=1.6e-3, warmup=100, decay="linear",
+    noise_shift=3.0, frame_noise=0.5, optimizer="muon", lr=1.6e-3, warmup=100, decay="cosine",
     batch_size=16, ema=0.999, steps=4_000)
 
 CUDA: Flags = CPU | dict(

@@ -32,7 +32,7 @@ class TrainConfig:
     beta2: float = 0.99  # (0, 1) Adam's second decay rate; the first is 0.9
     weight_decay: float = 0.0  # [0, 1] decoupled weight decay
     warmup: int = 150  # [0, 1000000] optimizer steps from learning rate 0 to --lr
-    decay: Literal["constant", "linear", "cosine"] = "linear"  # learning rate after warm-up; see lr_factor
+    decay: Literal["constant", "linear", "cosine"] = "cosine"  # learning rate after warm-up; see lr_factor
     clip: float = 1.0  # (0, 1000000] largest norm of the gradient
     ema: float = 0.999  # [0, 1) decay of the averaged weights that are sampled from
     cond_dropout: float = 0.1  # [0, 1] chance to drop a caption, for classifier-free guidance

@@ -268,13 +268,14 @@ def test_the_gradient_is_clipped_to_the_given_norm() -> None:
     assert length == pytest.approx(0.001, rel=1e-3) and norm > 0.01  # the norm reported is the one before
 
 
-def test_the_learning_rate_warms_up_stays_and_falls_to_0_in_the_second_half(whole: Recorded) -> None:
-    assert whole.rates == pytest.approx([0.01 * factor for factor in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3)])
+def test_the_learning_rate_warms_up_and_follows_half_a_cosine(whole: Recorded) -> None:
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert whole.rates == pytest.approx([0.01 * w * c for w, c in zip((1 / 3, 2 / 3, 1, 1, 1, 1), cosine)])
 
 
-def test_half_a_cosine_falls_to_0() -> None:
-    factors = [optimizer.lr_factor(step, 0, "cosine", 6) for step in range(7)]
-    assert factors == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(7)])
+def test_a_linear_decay_begins_after_half_of_the_steps() -> None:
+    factors = [optimizer.lr_factor(step, 3, "linear", 6) for step in range(7)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3, 0])
 
 
 def test_the_constant_learning_rate_stays_after_warm_up() -> None:
