@@ -212,7 +212,7 @@ MODES = [*sample.MODES]
 
 
 @pytest.mark.parametrize("mode, flags, options", [
-    ("cascade", PIXELS, {"text": "a 3"}),
+    ("cascade", PIXELS, {"text": "a 3", "steps": 1}),
     pytest.param("predict", PIXELS, {"text": "a 3", "w": 1.0, "w_t": 1.0, "w_t_from": -40.0, "delta": 0.1}, marks=slow),
     *(pytest.param(mode, flags, {"sampler": "dpm_solver"}, marks=slow) for flags in (PIXELS, LATENTS) for mode in MODES),
     pytest.param("predict", [*PIXELS, "--arch", "magicvideo"], {"method": "replacement"}, marks=slow),
@@ -224,6 +224,6 @@ def test_sampling_keeps_to_the_gpu(mode: str, flags: list[str], options: dict) -
         network = made.ema.eval().requires_grad_(False)
         model = infill.Model(network, s.data, s.diffusion, s.text, CUDA, made.coder)
         frames = 6 if mode == "extend" else 4
-        one = infill.SampleConfig(mode=mode, num=1, steps=2, frames=frames, overlap=2, **options)
+        one = infill.SampleConfig(mode=mode, num=1, frames=frames, overlap=2, **{"steps": 2} | options)
         video = infill.fill(model, one, sample.MODES[mode](model, one))
         assert video.device == CUDA and video.shape == (1, 1, frames, s.data.size, s.data.size)

@@ -269,7 +269,7 @@ def test_no_setting_becomes_a_value_that_its_flag_would_not_take(name: str, valu
 
 @pytest.mark.parametrize("changed", [
     {"settings": 3}, {"step": "x"}, {"model": 1}, {"ema": {}}, {"ema": {"x": 1}},
-    {"optimizer": {}}, {"optimizer": {"state": 1}}, {"scaler": 1}, {"model": {"entry.weight": "x"}}])
+    {"optimizer": {}}, {"optimizer": {"state": 1}}, {"model": {"entry.weight": "x"}}])
 def test_a_part_that_is_not_what_it_should_be_is_one_sentence(
         changed: dict, copy: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
     newest = checkpoint.newest(copy)
