@@ -117,7 +117,7 @@ def loss(model: Callable, x: Tensor, config: DiffusionConfig, cond: Tensor | Non
     x: (B, C, F + num_images, H, W); cond: token embeddings as UNet3D takes them, or None for c = 0.
     """
     t = times(len(x), x.shape[2], config, generator)
-    logsnr = schedule(t, config).to(x.device)
+    logsnr = schedule(t, config).to(x.device, non_blocking=x.is_cuda)
     logsnr = logsnr[:, None, :, None, None]
     eps = noise_like(x, generator)
     z = diffuse(x, logsnr, eps)
