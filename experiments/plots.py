@@ -1,4 +1,4 @@
-"""The plots of README.md beside this file, from the numbers in results/: python -m experiments.plots.
+"""The plots of the pages, from the numbers in results/: python -m experiments.plots.
 
 python -m experiments.plots --run RUN draws the loss curve of a run into its folder instead.
 """
@@ -84,7 +84,7 @@ PLOTS = {plot.__name__: plot for plot in (calls, exchange)}
 
 def main() -> None:
     """Draws all of them into --out, or the loss of --run."""
-    parser = argparse.ArgumentParser(description="Draws the plots of experiments/README.md.")
+    parser = argparse.ArgumentParser(description="Draws the plots of experiments/README.md and GUIDE.md.")
     parser.add_argument("--out", default=str(HERE / "assets/plots"), help="folder of the plots")
     parser.add_argument("--run", default="", help="folder of a training run, whose loss is drawn instead")
     given = parser.parse_args()
