@@ -60,7 +60,7 @@ def noise_like(z: Tensor, generator: Generators = None) -> Tensor:
         return torch.stack([noise_like(clip, own) for clip, own in clips])
     device = generator.device if generator else z.device
     noise = torch.randn(z.shape, dtype=z.dtype, device=device, generator=generator)
-    return noise.to(z.device)
+    return noise.to(z.device, non_blocking=z.is_cuda)
 
 
 def diffuse(x: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
@@ -225,6 +225,9 @@ def captions(model: Model, s: SampleConfig) -> list[str]:
 def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     """The video (B, C, T, H, W): block after block, each given what is drawn already (autoregression)."""
     length = model.network.config.frames
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind):
+        cast_weights(model.network, torch.get_autocast_dtype(kind))
     denoise, noise = guided(model, s, given), generators(s.seed, len(given.x))
     starts = block_starts(given.known, length, overlap(model, s))
     calls = 2 * s.steps - 1 if s.delta else s.steps
@@ -235,6 +238,13 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
             video.x[:, :, where] = draw_block(counted(denoise, bar), video.block(where), model, s, noise)
             video.known[where] = True
     return model.coder.video(video.x)
+
+
+def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """What autocast does to the weights of convolutions and products, once: frozen ones it casts in every call."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(dtype)
 
 
 def generators(seed: int, clips: int) -> list[torch.Generator]:

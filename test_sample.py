@@ -534,6 +534,36 @@ def test_the_network_is_called_as_often_as_the_progress_bar_says(flags: dict, ca
     assert oracle.calls == bar.count == bar.total == calls
 
 
+def test_under_autocast_weights_are_cast_once_and_the_clip_stays_the_same(tiny: Path, monkeypatch) -> None:
+    s, clips = SampleConfig(steps=2), []
+    for cast in (infill.cast_weights, lambda *_: None):
+        monkeypatch.setattr(infill, "cast_weights", cast)
+        model = load_model(checkpoint.newest(tiny), CPU.device)
+        with torch.autocast("cpu", torch.bfloat16):
+            clips.append(fill(model, s, sample.generate(model, s)))
+        assert (model.network.entry.weight.dtype == torch.bfloat16) == (len(clips) == 1)
+        assert model.network.exit[0].weight.dtype == torch.float32  # a norm's
+    assert torch.equal(*clips)
+
+
+@pytest.mark.slow
+def test_a_call_of_the_network_while_sampling_waits_for_no_gpu(monkeypatch) -> None:
+    from test_cuda import CUDA, PIXELS, built, fake_cuda, read_settings  # which skips where it cannot be
+
+    one = SampleConfig(num=1, frames=4, text="a 3", w=1.0, w_t=1.0, w_t_from=-40.0, delta=0.1)
+    waits = []
+    with fake_cuda() as lines, Machine(CUDA).autocast():
+        s = read_settings(PIXELS)
+        made = built(s)
+        network = made.ema.eval().requires_grad_(False)
+        model = Model(network, s.data, s.diffusion, s.text, CUDA, made.coder)
+        for steps in (1, 2):
+            lines.lines.clear()
+            fill(model, dataclasses.replace(one, steps=steps), sample.generate(model, one))
+            waits.append(list(lines.lines))
+    assert waits[0] == waits[1]
+
+
 def test_several_captions_take_turns(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
 

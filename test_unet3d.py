@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from unet3d import (Attention, Block, Embedding, Norm, ResBlock, SpatialMix, TemporalMix, UNet3D, UNetConfig,
@@ -535,6 +536,46 @@ def test_an_image_frame_cannot_change_anything_else_in_bf16():
     other[:, :, 4] = 30 * noise(*z[:, :, 4].shape, seed=7)
     with torch.autocast("cpu", torch.bfloat16):
         assert changed(model(z, logsnr, cond, IMAGES), model(other, logsnr, cond, IMAGES)) == [4]
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the code does for CUDA, on the CPU; CUDA's group_norm returns contiguous, as this one does now."""
+    honest = nnf.group_norm
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(nnf, "group_norm", lambda x, *more: honest(x.contiguous(), *more))
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_cudas_norm_keeps_type_and_layout(dtype, error, monkeypatch):
+    norm = wild(Norm(64))
+    x = 3 + noise(2, 64, 4, 4).to(memory_format=torch.channels_last)
+    expected = norm(x)
+    on_cuda(monkeypatch)
+    out = norm(x.to(dtype))
+    assert out.dtype == dtype and out.stride() == x.stride()
+    assert (out - expected).norm() < error * expected.norm()
+
+
+def test_on_cuda_attention_reads_contiguous_channels_whatever_the_weights_layout(monkeypatch):
+    attention, seen = wild(Attention(64, 16, SpatialMix())), []  # as --shard leaves it, not channels_last
+    attention.mix.register_forward_pre_hook(lambda _, args: seen.extend(args[:3]))
+    on_cuda(monkeypatch)
+    attention(noise(2, 64, 4, 4).to(memory_format=torch.channels_last), None)
+    assert [y.stride(-1) for y in seen] == [1, 1, 1]  # or the attention is not the fast kernel's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_network_is_one_graph_for_the_compiler(checkpointing):
+    model, (z, logsnr, cond) = network(dim=16, checkpointing=checkpointing), inputs()
+    model.train().requires_grad_(True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(z, logsnr, cond, IMAGES)
+        expected = model(z, logsnr, cond, IMAGES)
+    out.square().mean().backward()
+    assert (out - expected).norm() < 0.03 * expected.norm()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_channels_last_agrees_with_contiguous():

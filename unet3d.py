@@ -58,7 +58,12 @@ class Norm(nn.GroupNorm):
         super().__init__(groups, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)  # its sums need float32's digits, what follows does not
+        if not x.is_cuda:  # its sums need float32's digits, what follows does not
+            return super().forward(x.float()).to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast("cuda", enabled=False):  # CUDA's kernel sums in float32 whatever it reads
+            x = nnf.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return x.contiguous(memory_format=torch.channels_last)  # which that kernel does not keep
 
 
 def zero(layer: nn.Module) -> nn.Module:
@@ -300,7 +305,7 @@ class UNet3D(nn.Module):
     def context(self, z: Tensor, logsnr: Tensor, tokens: Tensor | None, num_images: int) -> tuple:
         """What every block hears beside x: the embedding of each frame, and which frame may see which."""
         frames = z.shape[2]
-        logsnr = logsnr.to(z.device, non_blocking=True)  # a sampler's is on the CPU
+        logsnr = logsnr.to(z.device, non_blocking=z.is_cuda)  # a sampler's is on the CPU
         emb = self.embedding(logsnr, len(z), tokens)  # b k emb_dim, k = 1, 1 + num_images or f
         emb = nnf.silu(per_frame(emb, frames))
         return emb, isolate(frames, num_images, z.device)
@@ -322,5 +327,6 @@ class UNet3D(nn.Module):
                 x = block(x, *context)
             if level > 0:
                 x = self.narrow[level - 1](x)
-                x = nnf.interpolate(x, scale_factor=2.0, mode="nearest")
+                with torch.autocast("cuda", enabled=False):  # it and what follows would be in float32
+                    x = nnf.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.exit(x)
