@@ -12,6 +12,7 @@ from magicvideo import build_network
 from presets import PRESETS
 from settings import read_settings
 from torch import nn, zeros
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 TINY = ("--preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
         "--device cpu --size 16 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
@@ -28,7 +29,8 @@ def printed(monkeypatch, capsys, *flags: str) -> list[str]:
 def test_a_preset_is_counted_without_allocating_it(preset, monkeypatch, capsys, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line, = printed(monkeypatch, capsys, "--preset", preset)
+    monkeypatch.setattr(cost, "memory", lambda *_: "")  # which has tests of its own
+    line, *_ = printed(monkeypatch, capsys, "--preset", preset)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10  # MiB on Linux
     row = re.fullmatch(rf"{preset}: ([\d.]+) M parameters, ([\d.]+) TFLOP per training step of (\d+) clips; "
                        r"float32: weights ([\d.]+) GiB, gradients .* GiB, optimizer ([\d.]+) GiB, .*", line)
@@ -58,10 +60,41 @@ def test_flops_of_a_convolution_are_counted_by_hand():
 
 def test_without_a_preset_all_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(cost, "step_cost", lambda s: (1, 1))
-    assert [line.split(":")[0] for line in printed(monkeypatch, capsys)] == [name for name in PRESETS if name != "autoencoder"]
+    monkeypatch.setattr(cost, "peak_memory", lambda s, clips, checkpointing: 1.0 * clips)
+    lines = printed(monkeypatch, capsys)[::3]
+    assert [line.split(":")[0] for line in lines] == [name for name in PRESETS if name != "autoencoder"]
 
 
 def test_flags_of_training_change_what_is_counted(monkeypatch, capsys):
-    one, = printed(monkeypatch, capsys, *TINY)
-    two, = printed(monkeypatch, capsys, *TINY, "--batch_size", "2", "--accumulate", "3")
+    monkeypatch.setattr(cost, "memory", lambda *_: "")
+    one, *_ = printed(monkeypatch, capsys, *TINY)
+    two, *_ = printed(monkeypatch, capsys, *TINY, "--batch_size", "2", "--accumulate", "3")
     assert "of 6 clips" in two and "of 6 clips" not in one
+
+
+def test_live_bytes_are_counted_by_hand():
+    with FakeTensorMode(), cost.Live() as live:
+        a = zeros(1000)
+        b = a + a
+        view = b[:10]
+        del b
+        a = None
+        c = zeros(500)
+        del view
+    assert (live.peak, live.now) == (8000, 2000) and c.shape == (500,)
+
+
+def test_the_peak_holds_what_training_keeps_and_grows_with_the_clips():
+    s = read_settings(TINY)
+    parameters, _ = cost.step_cost(s)
+    kept = 5 * 4 * parameters / 2**30
+    one, four = cost.peak_memory(s, 1, False), cost.peak_memory(s, 4, False)
+    assert kept < one < four
+    assert kept < cost.peak_memory(s, 4, True) < 0.9 * four
+
+
+def test_a_fifth_of_a_card_stays_to_spare(monkeypatch):
+    monkeypatch.setattr(cost, "peak_memory", lambda s, clips, checkpointing: 6.0 + 0.8 * clips)
+    text = cost.memory(read_settings(TINY), True)
+    assert "--checkpointing, modelled: 6.8 GiB with one clip at a time and 0.80 with each more" in text
+    assert text.endswith("0 in 8, 4 in 12, 8 in 16, 16 in 24, 32 in 40, 64 in 80")
