@@ -131,6 +131,22 @@ def test_its_table_of_presets_is_what_cost_counts(row):
     assert row[5] == f"{gib:.2f} + {gib:.2f} + {2 * gib:.2f} + {gib:.2f} GiB"
 
 
+PEAKS = rows("at the peak of a training step", (HERE / "experiments" / "README.md").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", PEAKS[:2], ids=[row[0].strip("`") for row in PEAKS[:2]])
+def test_its_table_of_memory_is_what_cost_counts(row):
+    s = read_settings(["--preset", row[0].strip("`"), "--device", "cpu"])
+    without, with_it = cost.memory(s, False), cost.memory(s, True)
+    for text, peak in ((without, row[1]), (with_it, row[2])):
+        one, each = peak.split(" + ")
+        assert f"{one} GiB with one clip at a time and {each} with each more" in text
+    for cell, card in zip(row[3:], cost.CARDS, strict=True):
+        first, second = cell.split(", ")
+        assert f" {first} in {card}" in without and f" {second} in {card}" in with_it
+
+
 def test_all_presets_are_in_its_table():
     diffusing = [name for name in PRESETS if name != "autoencoder"]
     assert [row[0].strip("`") for row in COSTS] == diffusing
