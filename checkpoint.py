@@ -57,7 +57,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"there is no checkpoint {path}")
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are none
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # one copy for all processes
+            shared = str(path).isascii()  # one copy for all processes; other names not every terminal can map
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=shared)
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # PyTorch itself compares no checksums
                 raise ValueError
