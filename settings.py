@@ -40,7 +40,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"  # auto: the fastest that the hardware has
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
-    workers: int = -1  # [-1, 256] more processes that read clips ahead; -1: for films, half of the cores
+    workers: int = -1  # [-1, 256] more processes that make clips ahead; -1: for films half of the cores, for a GPU 1
     shard: bool = False  # with torchrun: each process holds a part of weights, EMA and Adam's state (FSDP2)
     compile: bool = False  # torch.compile the network: minutes of waiting, then faster, on a GPU
     out: str = ""  # folder of the run; by default runs/<dataset>-<date>
