@@ -20,7 +20,8 @@ CPU: Flags = dict(
 
 CUDA: Flags = CPU | dict(
     size=64, digits=2, latent="pretrained/autoencoder_64.pt",
-    dim=128, attention_resolutions=(2, 4, 8), head_dim=64, emb_dim=512, batch_size=32, ema=0.9995, warmup=500, steps=40_000)
+    dim=128, attention_resolutions=(2, 4, 8), head_dim=64, emb_dim=512,
+    batch_size=32, ema=0.9995, warmup=500, steps=40_000)
 
 # ---- ours: the same network without latents --------------------------------------------------------------
 
@@ -69,7 +70,12 @@ PRESETS: dict[str, Flags] = {
 
 FITS: dict[str, list[tuple[float, int, bool]]] = {  # peaks counted on fake tensors, a fifth more, and 1 GiB
     "cuda": [(5.0, 32, False), (0.0, 32, True)],
-    "pixels": [(64.0, 32, False), (33.0, 16, False), (17.0, 32, True), (10.0, 16, True), (0.0, 8, True)]}
+    "pixels": [
+        (64.0, 32, False),
+        (33.0, 16, False),
+        (17.0, 32, True),
+        (10.0, 16, True),
+        (0.0, 8, True)]}
 
 # ---- how their checkpoints are sampled: for all modes, then what a mode has of its own -------------------
 
