@@ -394,7 +394,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_training(out:
 def test_a_folder_in_use_is_refused_and_is_free_once_its_process_is_dead(
         spawn: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
     folder = tmp_path / "run"
-    process = spawn([*TINY, "--steps", 100_000, "--save_every", 1, "--out", folder])
+    # --keep: none of its checkpoints goes while it is read here
+    process = spawn([*TINY, "--steps", 100_000, "--save_every", 1, "--keep", 1000, "--out", folder])
     wait(lambda: checkpoints(folder), process)
     assert "is in use by another training process" in refusal(train.main, ["--resume", folder, "--steps", 3],
                                                               monkeypatch, capsys)
