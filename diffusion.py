@@ -137,7 +137,7 @@ def times(batch: int, frames: int, config: DiffusionConfig,
     # Paper: no such clips. Frames that are less noisy teach the network to look at other frames.
     own = torch.rand(batch, 1, generator=generator) < config.frame_noise
     shift = own * torch.rand(batch, frames, generator=generator)
-    return (t + shift) % 1  # on a circle: uniform still
+    return (t + shift) % 1  # past 1 it begins again at 0: each frame's time alone is uniform still
 
 
 def target(x: Tensor, logsnr: Tensor, eps: Tensor, config: DiffusionConfig) -> Tensor:

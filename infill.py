@@ -47,7 +47,7 @@ class SampleConfig:
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
     w_t: float = 0.0  # [0, 100] weight of temporal guidance, away from what each frame is alone; ours
     w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
-    method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer the others
+    method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer others
     w_r: float = 10.0  # [0, 10000] weight of reconstruction guidance; 0 is replacement alone
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside w_r; 1 is the paper, less guides more in noise
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
@@ -197,7 +197,8 @@ def images(network: Callable) -> Callable:
     """
     @torch.no_grad()
     def each_alone(z: Tensor, logsnr: Tensor, cond: Tensor | None) -> Tensor:
-        return network(z, logsnr, cond, z.shape[2] - 1)
+        others = z.shape[2] - 1  # all frames but the first are image frames; the first is a video of one
+        return network(z, logsnr, cond, others)
     return each_alone
 
 
@@ -241,7 +242,9 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
 
 
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """What autocast does to the weights of convolutions and products, once: frozen ones it casts in every call."""
+    """Casts the weights of convolutions and products once. Autocast would do it in every call, since they are
+    frozen.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.to(dtype)
@@ -270,7 +273,8 @@ def overlap(model: Model, s: SampleConfig) -> int:
 
 def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
     """Where a video's blocks begin: each shares overlap frames or more with what is known before it."""
-    total, prefix = len(known), int(known.int().cumprod(0).sum())
+    total = len(known)
+    prefix = int(known.int().cumprod(0).sum())  # known frames before the first unknown one
     starts = [max(0, min(prefix - overlap, total - length))]
     while starts[-1] + length < total:
         starts.append(min(starts[-1] + length - overlap, total - length))
@@ -293,11 +297,12 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
             return seen(given, s, x, small)
         x_a = seen(given, s, given.x, given.low)
         denoise = reconstruction_guided(denoise, x_a, observe, s.w_r, s.w_r_power)
-    dtype = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's has not
+    # float64, or the levels of neighbouring steps lose digits; Apple's GPU has none
+    dtype = torch.float32 if model.device.type == "mps" else torch.float64
     times = torch.linspace(1, 0, s.steps + 1, dtype=dtype)
     logsnrs = schedule(times, model.diffusion)  # on the CPU: to look at one must not wait for a GPU
     z = noise_like(given.x, noise)
-    if model.coder.bounded:
+    if model.coder.bounded:  # pixels; latents have no bounds
         denoise = clipped(denoise)
     if s.sampler == "ddim":
         return ddim(denoise, z, logsnrs, constrain)

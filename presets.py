@@ -63,8 +63,17 @@ TEXT_9X128: Flags = TEXT | dict(
     steps=800_000)
 
 PRESETS: dict[str, Flags] = {
-    "cpu": CPU, "cuda": CUDA, "films": FILMS, "pixels": PIXELS, "autoencoder": AUTOENCODER, "ucf101": UCF101, "bair": BAIR, "kinetics600": KINETICS600,
-    "text_small": TEXT_SMALL, "text_large": TEXT_LARGE, "text_9x128": TEXT_9X128}
+    "cpu": CPU,
+    "cuda": CUDA,
+    "films": FILMS,
+    "pixels": PIXELS,
+    "autoencoder": AUTOENCODER,
+    "ucf101": UCF101,
+    "bair": BAIR,
+    "kinetics600": KINETICS600,
+    "text_small": TEXT_SMALL,
+    "text_large": TEXT_LARGE,
+    "text_9x128": TEXT_9X128}
 
 # ---- what fits on a GPU: GiB of its memory that must be free, clips in a micro-batch, --checkpointing -----
 

@@ -96,11 +96,12 @@ def latents(model: Model, x: Tensor) -> Tensor:
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
     """One frame in --stride of a video, from source (B, C, n, H, W), and the frames of the whole."""
     frames = s.frames
-    if not frames and not s.input and not s.base:
-        frames = model.network.config.frames
-    x = source(model, s, (frames - 1) // s.stride + 1, s.stride)  # of 0: all of them
+    if not frames and (s.input or s.base):  # as many as there are
+        x = source(model, s, 0, s.stride)
+        return x, (x.shape[2] - 1) * s.stride + 1
     if not frames:
-        frames = (x.shape[2] - 1) * s.stride + 1
+        frames = model.network.config.frames
+    x = source(model, s, (frames - 1) // s.stride + 1, s.stride)
     return x, frames
 
 
@@ -182,8 +183,8 @@ def progress_of(run: Path, text: bool) -> float:
         return 0.0
 
 
-CARRIED = ("sampler", "steps", "gamma", "delta", "text", "w", "fps", "w_t", "w_t_from", "method", "w_r", "w_r_power",
-           "overlap", "num", "frames")  # what a checkpoint may say
+CARRIED = ("sampler", "steps", "gamma", "delta", "text", "w", "fps", "w_t", "w_t_from", "method",
+           "w_r", "w_r_power", "overlap", "num", "frames")  # what a checkpoint may say
 
 
 def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
@@ -217,15 +218,18 @@ def directed(model: Model) -> bool:
 
 def forced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What was chosen, and contradicts a flag given by hand, as it must be instead."""
-    changes, now = {}, chosen | given
+    now = chosen | given  # a flag given by hand wins
+    changes = {}
     if now.get("sampler", "ancestral") != "ancestral":
         if given.get("delta") or given.get("gamma"):
             changes["sampler"] = "ancestral"
         else:
             changes |= {"delta": 0.0, "gamma": 0.0}
-    if "input" in given:
+    text = now.get("text")
+    if "input" in given:  # the clip says what is drawn
         changes["text"] = ""
-    if not (now | changes | given).get("text"):
+        text = given.get("text")
+    if not text:
         changes |= {"w": 0.0, "fps": 0.0}
     needed = {}
     for name, value in changes.items():
@@ -244,8 +248,8 @@ def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
         path, reason = choose_checkpoint(asked["checkpoint"], asked["text"])
         model = load_model(path, machine.device)
         chosen = decide(model, given)
-        print(f"{path} ({reason}), step {model.step}: {model.data.dataset}, {model.network.config.frames} frames "
-              f"of {model.data.size} px")
+        print(f"{path} ({reason}), step {model.step}: {model.data.dataset}, "
+              f"{model.network.config.frames} frames of {model.data.size} px")
         listed = [f"--{name} {config.show(chosen[name])}" for name in chosen if name not in given]
         if listed:
             print(f"chosen with it: {' '.join(listed)}")

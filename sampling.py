@@ -66,7 +66,7 @@ def ddim(denoise: Denoiser, z: Tensor, logsnrs: Tensor, constrain: Constraint = 
 def dpm_solver(denoise: Denoiser, z: Tensor, logsnrs: Tensor, constrain: Constraint = identity) -> Tensor:
     """DPM-Solver++(2M) of Lu et al. 2022: second-order multistep in log-SNR (not in the paper)."""
     z = constrain(z, logsnrs[0])
-    x_previous = None
+    x_previous = h_previous = None  # of the step before
     slope = 0  # of x_hat; the first step has none yet
     for logsnr_t, logsnr_s in pairwise(logsnrs[:-1]):
         x_hat = denoise(z, logsnr_t)

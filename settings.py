@@ -94,7 +94,7 @@ def read_settings(argv: list[str] | None = None) -> Settings:
     """The settings: flags given by hand, else the run's that is resumed or whose latents are diffused, else
     the preset's for the hardware. Bad ones end the program with one sentence.
     """
-    before = {}
+    before = {}  # what the run goes on from: filled while flags are parsed, kept in Settings
 
     def defaults(given: dict[str, Any]) -> dict[str, Any]:
         if "resume" in given:

@@ -100,7 +100,7 @@ def restore(state: State, content: dict[str, Any]) -> None:
         parameter = parameters[index]
         for name, value in values.items():
             kept = value.to(parameter.device, copy=True)
-            if value.shape:  # fused Adam goes by the order in memory, which --shard changes
+            if value.shape:  # fused Adam reads it in the parameter's order in memory, which --shard changes
                 kept = torch.empty_like(parameter).copy_(part(value, parameter))
             state.optimizer.state[parameter][name] = kept
     if content.get("scaler"):

@@ -36,7 +36,7 @@ from text import condition
 def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, machine: Machine) -> Tensor:
     """The mean loss of micro-batch number index: video and image frames with their captions, some dropped."""
     x, captions = batch
-    # PyTorch takes the lowest 32 bits of a seed and no more
+    # PyTorch takes 32 bits of a seed. The odd factor sends the micro-batches of other seeds far away
     torch.manual_seed((s.train.seed * 2_654_435_761 + index) % 2**32)
     if s.train.arch == "autoencoder":
         with machine.autocast():
@@ -61,6 +61,7 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
         x, captions = next(stream)
         batch = state.coder.latents(x), captions
         index = (state.step * s.train.accumulate + part) * machine.world + machine.rank
+        # with torchrun, gradients are exchanged once, after the last micro-batch; with --shard after each
         waits = part < s.train.accumulate - 1 and hasattr(network, "no_sync")
         with network.no_sync() if waits else contextlib.nullcontext():
             part_loss = micro_batch_loss(network, batch, index, s, machine) / s.train.accumulate
@@ -95,7 +96,7 @@ def fit(s: Settings, machine: Machine) -> None:
     stream = batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device,
                      readers(s, machine))
     clips = s.train.batch_size * s.train.accumulate * machine.world
-    allowed = 50 if state.scaler.is_enabled() else 1
+    allowed = 50 if state.scaler.is_enabled() else 1  # gradients in a row that are not finite
     failed, skipped, losses, begun = 0, 0, [], time.time()
     bar = tqdm(total=s.train.steps * clips, initial=state.step * clips, unit=" clips", smoothing=0.05,
                disable=machine.rank > 0)

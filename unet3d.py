@@ -53,7 +53,8 @@ class UNetConfig:
 class Norm(nn.GroupNorm):
     """GroupNorm of each frame alone, ((b f), c, h, w): statistics over frames would leak past the mask."""
     def __init__(self, dim: int):
-        # 32 groups, but never of one channel: it would take the added embedding out again
+        # 32 groups where dim is a multiple of 64. Else fewer, so that a group has two channels or more: the
+        # norm of a single channel would take the added embedding out again
         groups = max(1, math.gcd(dim, 64) // 2)
         super().__init__(groups, dim)
 
@@ -224,7 +225,9 @@ class Embedding(nn.Module):
     def forward(self, logsnr: Tensor, batch: int, tokens: Tensor | None) -> Tensor:
         angle = torch.atan(torch.exp(-logsnr.float() / 2))
         u = angle / (math.pi / 2)  # in [0, 1]
-        u = torch.atleast_2d(u).flatten(1)  # b or 1, frames or 1
+        if u.dim() == 0:
+            u = u.reshape(1, 1)
+        u = u.flatten(1)  # (1 or b, 1 or frames)
         frequencies = torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
         angles = 1000 * u[..., None] * frequencies
         waves = torch.cat([angles.sin(), angles.cos()], -1)
@@ -239,7 +242,9 @@ class Embedding(nn.Module):
 def isolate(frames: int, num_images: int, device: torch.device) -> Tensor:
     """Which frame may see which, (frames, frames): video frames each other, an image only itself (4.3.1)."""
     video = torch.arange(frames, device=device) < frames - num_images
-    return video & video[:, None] | torch.eye(frames, dtype=torch.bool, device=device)
+    both_video = video & video[:, None]
+    itself = torch.eye(frames, dtype=torch.bool, device=device)
+    return both_video | itself
 
 
 def per_frame(y: Tensor, frames: int) -> Tensor:
