@@ -13,44 +13,52 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         """One step; takes the gradients of what it has moved."""
         for group in self.param_groups:
+            alike: dict[tuple, list[Tensor]] = {}  # those of one shape turn together: few kernels on a GPU
             for parameter in group["params"]:
                 if parameter.grad is None or parameter.ndim < 2 or min(parameter.shape[:2]) < 8:
                     continue
-                self.turn(parameter, group["lr"], group["weight_decay"])
-                parameter.grad = None
+                alike.setdefault(parameter.shape, []).append(parameter)
+            for parameters in alike.values():
+                self.turn(parameters, group["lr"], group["weight_decay"])
         super().step()
 
-    def turn(self, parameter: Tensor, lr: float, decay: float) -> None:
-        """Moves one matrix or kernel."""
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)  # AdamW wants everybody to have one when it is loaded
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 0.05)
-        ahead = momentum.lerp(parameter.grad, 0.05).flatten(1)  # Nesterov's
-        length = 0.5 * lr * max(ahead.shape) ** 0.5
-        parameter.mul_(1 - lr * decay)
-        parameter.add_(orthogonal(ahead).view_as(parameter), alpha=-length)
+    def turn(self, parameters: list[Tensor], lr: float, decay: float) -> None:
+        """Moves matrices or kernels of one shape."""
+        gradients, momenta = [], []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)  # AdamW wants everybody to have one when it is loaded
+                state["momentum"] = torch.zeros_like(parameter)
+            momenta.append(state["momentum"])
+            gradients.append(parameter.grad)
+            parameter.grad = None
+        torch._foreach_lerp_(momenta, gradients, 0.05)
+        ahead = torch._foreach_lerp(momenta, gradients, 0.05)  # Nesterov's
+        matrices = torch.stack(ahead).flatten(2)
+        length = 0.5 * lr * max(matrices.shape[1:]) ** 0.5
+        steps = orthogonal(matrices).view(-1, *parameters[0].shape)
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+        torch._foreach_add_(parameters, list(steps), alpha=-length)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values brought near 1, by five Newton-Schulz iterations."""
-    x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T
-    if 2 * x.shape[0] <= x.shape[1]:
-        x = iterated(x @ x.T) @ x
-    else:
-        for _ in range(5):
-            square = x @ x.T
-            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.T if tall else x
+    """The matrices (..., m, n) with their singular values brought near 1, by five Newton-Schulz iterations."""
+    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        return orthogonal(matrix.mT).mT
+    if 2 * rows <= columns:
+        return iterated(x @ x.mT) @ x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x
 
 
 def iterated(square: Tensor) -> Tensor:
-    """The product of the five iterations' polynomials, all of x @ x.T: for long x a third of the work."""
-    one = torch.eye(len(square), device=square.device)
+    """The product of the five iterations' polynomials, all of x @ x.mT: for long x a third of the work."""
+    one = torch.eye(square.shape[-1], device=square.device)
     product = one
     for _ in range(5):
         polynomial = 3.4445 * one - 4.775 * square + 2.0315 * square @ square

@@ -583,6 +583,17 @@ def test_muon_turns_kernels_alone_and_half_as_far_as_lr() -> None:
     assert 0.6 < torch.linalg.matrix_norm(moved, 2) / (0.05 * 144**0.5) < 1.3
 
 
+def test_muon_turns_kernels_of_one_shape_together_as_it_turns_each_alone() -> None:
+    layers = [nn.Conv2d(16, 12, 3, bias=False) for _ in range(3)]
+    alone = copy.deepcopy(layers)
+    for layer, other in zip(layers, alone):
+        layer.weight.grad = other.weight.grad = torch.randn(12, 16, 3, 3)
+        optimizer.Muon(other.parameters(), lr=0.1).step()
+    optimizer.Muon([layer.weight for layer in layers], lr=0.1).step()
+    for layer, other in zip(layers, alone):
+        assert torch.allclose(layer.weight, other.weight, atol=1e-5)
+
+
 def test_a_run_with_muon_can_be_resumed(tmp_path: Path) -> None:
     flags = [*TINY, "--optimizer", "muon", "--save_every", 2, "--decay", "constant"]
     whole, _ = (fitted([*flags, "--steps", steps], tmp_path / str(steps)) for steps in (4, 2))
