@@ -44,6 +44,7 @@ class DataConfig:
     frame_stride: tuple[int, ...] = (1,)  # [1, 64] every n-th frame is used; of several n each clip draws one
     num_images: int = 0  # [0, 64] independent image frames appended to each clip (joint training)
     digits: int = 2  # [1, 8] digits per clip of the MNIST sets
+    walls: Literal["bounce", "clamp"] = "bounce"  # clamp: a digit that passes a wall is put at it, as first published
     short_captions: float = 0.0  # [0, 1] chance that a caption of moving_mnist names its digits alone
     flip: bool = False  # mirror half of the video_folder clips left to right
 
@@ -211,16 +212,32 @@ def _choose(config, n, rng):
 
 def _straight(config, shape, room, rng):
     """Positions (n, digits, F, 2), and the eighth of the circle (n, digits) that each digit sets out into."""
-    start = rng.random((*shape, 1, 2))
+    start = rng.random((*shape, 1, 2))  # the walls are at 0 and 1
     angle = rng.random((*shape, 1)) * 2 * np.pi
-    direction = np.stack([-np.sin(angle), np.cos(angle)], -1)
-    steps = config.frame_stride[0] * np.arange(config.frames)[:, None]
-    way = start + 0.1 * direction * steps  # the walls are at 0 and 1
-    # A bounce folds the straight way. (The original code clamps to the wall in the frame of a bounce instead;
-    # folded, the speed never changes, and a frame_stride of s shows exactly every s-th frame.)
-    positions = (1 - abs(way % 2 - 1)) * room
+    velocity = 0.1 * np.stack([-np.sin(angle), np.cos(angle)], -1)
+    steps = config.frame_stride[0] * np.arange(config.frames)
+    if config.walls == "clamp":
+        places = _clamped(start, velocity, steps[-1] + 1)[..., steps, :]
+    else:
+        # A bounce folds the straight way: the speed never changes
+        places = 1 - abs((start + velocity * steps[:, None]) % 2 - 1)
+    positions = places * room
     sectors = np.rint(angle[..., 0] / (np.pi / 4)).astype(int) % 8
     return torch.from_numpy(positions), sectors
+
+
+def _clamped(place, velocity, frames):
+    """What the code of Srivastava et al. does in each frame, the first included: a step, and where that passes
+    a wall the digit is put at the wall and turns.
+    """
+    places = []
+    for _ in range(frames):
+        place = place + velocity
+        passed = (place <= 0) | (place >= 1)
+        velocity = np.where(passed, -velocity, velocity)
+        place = place.clip(0, 1)
+        places.append(place)
+    return np.concatenate(places, -2)
 
 
 def _captions(config, labels, sectors, rng):

@@ -166,6 +166,30 @@ def test_digits_fly_straight_at_constant_speed_and_bounce_elastically():
     assert checked > 25
 
 
+def test_at_walls_that_clamp_a_digit_stays_for_a_frame_and_turns_as_first_published():
+    free, clamped = (moving_mnist(DataConfig(frames=1 if walls == "bounce" else 40, walls=walls), 20, 1)[2]["positions"]
+                     for walls in ("bounce", "clamp"))
+    turned = 0
+    for start, path in zip(free.reshape(-1, 2), clamped.transpose(2, 3).reshape(-1, 2, 40)):
+        for at, axis in zip((start / 36).tolist(), (path / 36).tolist()):
+            speed = axis[0] - at
+            if 0 < axis[0] < 1:  # else it is not known whether all of the first step was free
+                for place in axis:
+                    at += speed
+                    if at <= 0 or at >= 1:
+                        at, speed = min(max(at, 0), 1), -speed
+                        turned += 1
+                    assert place == pytest.approx(at, abs=1e-9)
+    assert turned > 50
+
+
+def test_a_frame_stride_shows_every_nth_frame_whatever_the_walls():
+    for walls in ("bounce", "clamp"):
+        whole = moving_mnist(DataConfig(frames=13, walls=walls), 3, 0)[2]["positions"]
+        every = moving_mnist(DataConfig(frames=4, walls=walls, frame_stride=(4,)), 3, 0)[2]["positions"]
+        assert torch.equal(every, whole[:, :, ::4])
+
+
 def test_the_speed_is_a_tenth_of_the_free_path():
     for size, side in ((64, 28), (32, 14), (128, 56)):
         positions = moving_mnist(DataConfig(size=size, frames=8), 30, 0)[2]["positions"]

@@ -1,9 +1,10 @@
 """The experiments behind the tables of section 4: python -m experiments.evaluate --experiment NAME.
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
-raw numbers beside it. But for modes and exchange, what is drawn stands beside two real rows: as many clips of the test
+raw numbers beside it. But for modes, exchange and benchmark, what is drawn stands beside two real rows: as many clips of the test
 split (the floor), and as many whose every frame is from another clip (chance: good frames, no video).
-modes and samplers draw without captions. joint, which trains models of its own, is in ablations.py.
+modes and samplers draw without captions. joint, which trains models of its own, is in ablations.py, and
+benchmark, ten frames after ten, in benchmark.py.
 """
 import dataclasses
 import inspect
@@ -14,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ import sample
 from diffusion import denoiser
 from experiments import metrics
 from experiments.ablations import joint
+from experiments.benchmark import benchmark
 from experiments.features import checksum
-from experiments.lab import Arms, EvaluateConfig, Known, Lab, Numbers, open_lab
-from infill import Given, SampleConfig, nothing, show, show_small, smaller
+from experiments.lab import Arms, EvaluateConfig, Known, Lab, Numbers, each, known, made_small, open_lab
 
 # ---- the experiments: name -> arms -----------------------------------------------------------------------
 
@@ -104,11 +104,6 @@ def samplers(lab: Lab) -> Arms:
     return lab.bounds() | each(arm, flags)
 
 
-def each(arm: Callable[[Any, int], Numbers], values: dict[str, Any]) -> Arms:
-    """An arm for each of the values."""
-    return {name: partial(arm, value) for name, value in values.items()}
-
-
 def guidance(lab: Lab) -> Arms:
     """Table 5: the weight of classifier-free guidance; does the caption come true?
 
@@ -166,23 +161,6 @@ def extend(lab: Lab) -> Arms:
     return lab.bounds(judged, frames) | each(arm, methods)
 
 
-def known(lab: Lab, x: Tensor, where: slice) -> Known:
-    """What is known when the frames of clips x are that lie at where."""
-    def given(s: SampleConfig, which: slice) -> Given:
-        frames = lab.latents(x[which][:, :, where])
-        blank = nothing(lab.model, s, x.shape[2])
-        return show(blank, where, frames)
-    return given
-
-
-def made_small(lab: Lab, x: Tensor, scale: int) -> Known:
-    """What is known when clips x are seen small."""
-    def given(s: SampleConfig, which: slice) -> Given:
-        blank = nothing(lab.model, s, x.shape[2])
-        return show_small(blank, 1, smaller(x[which], scale))
-    return given
-
-
 def exchange(lab: Lab) -> Arms:
     """Does the network use other frames for a digit's shape? At six log-SNRs, without captions or sampling.
 
@@ -211,7 +189,7 @@ def exchange(lab: Lab) -> Arms:
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    modes, samplers, joint, guidance, extend, exchange)}
+    modes, samplers, joint, guidance, extend, exchange, benchmark)}
 
 # ---- the table -------------------------------------------------------------------------------------------
 

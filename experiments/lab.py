@@ -2,7 +2,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +14,14 @@ import infill
 from data import moving_mnist
 from experiments import metrics
 from experiments.features import Features, load_features, observe
-from infill import Given, Model, SampleConfig, nothing
+from infill import Given, Model, SampleConfig, nothing, show, show_small, smaller
 from machine import Machine, start
 
 HERE = Path(__file__).parents[1]  # the clone
 Numbers = dict[str, float]  # what was measured
 Arms = dict[str, Callable[[int], Numbers]]  # by name, and each by seed
 Known = Callable[[SampleConfig, slice], Given]  # what is known of the clips of a slice
-Experiment = Literal["modes", "samplers", "joint", "guidance", "extend", "exchange"]
+Experiment = Literal["modes", "samplers", "joint", "guidance", "extend", "exchange", "benchmark"]
 
 
 @dataclass
@@ -42,6 +42,8 @@ class EvaluateConfig:
     frames: int = 64  # [17, 1000] extend: frames of the result
     w: float = 1.0  # [0, 100] extend, joint: weight of classifier-free guidance
     only: str = ""  # a regular expression: arms in whose name it is found; by default all
+    samples: int = 10  # [1, 1000] benchmark: what is drawn of each clip
+    test_file: str = ""  # benchmark: the public mnist_test_seq.npy; by default clips of the same kind are made
     train_steps: int = 2000  # [1, 100000000] joint: optimizer steps of its small models
     out: str = "experiments/results"  # folder of NAME.md and NAME.json
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -184,3 +186,28 @@ def open_lab(c: EvaluateConfig) -> Lab:
         raise ValueError(f"--features {c.features} was trained on {known['digits']} digits at {known['size']} "
                          f"px, and {path} draws {digits} at {size} px: train others with experiments.features")
     return Lab(c, path, model, features, machine)
+
+
+# ---- what is known, and arms of values ---------------------------------------------------------------------
+
+
+def known(lab: Lab, x: Tensor, where: slice) -> Known:
+    """What is known when the frames of clips x are that lie at where."""
+    def given(s: SampleConfig, which: slice) -> Given:
+        frames = lab.latents(x[which][:, :, where])
+        blank = nothing(lab.model, s, x.shape[2])
+        return show(blank, where, frames)
+    return given
+
+
+def made_small(lab: Lab, x: Tensor, scale: int) -> Known:
+    """What is known when clips x are seen small."""
+    def given(s: SampleConfig, which: slice) -> Given:
+        blank = nothing(lab.model, s, x.shape[2])
+        return show_small(blank, 1, smaller(x[which], scale))
+    return given
+
+
+def each(arm: Callable[[Any, int], Numbers], values: dict[str, Any]) -> Arms:
+    """An arm for each of the values."""
+    return {name: partial(arm, value) for name, value in values.items()}

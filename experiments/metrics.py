@@ -8,7 +8,7 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import avg_pool2d, one_hot
 
 from data import DataConfig, moving_mnist
 from diffusion import Denoiser, diffuse, noise_like
@@ -188,6 +188,24 @@ def mse_per_frame(real: Tensor, fake: Tensor) -> float:
     frame, then the mean over frames and clips, as the Moving MNIST benchmarks report it."""
     wrong = (real - fake) / 2
     return wrong.square().sum((1, 3, 4)).mean().item()
+
+
+def ssim(real: Tensor, fake: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004) of videos (B, C, F, H, W) in [-1, 1], on a scale of [0, 1]: the
+    mean over all whole windows of 7 x 7 pixels, with sample variances, as scikit-image has it.
+    """
+    window, c1, c2 = 7, 0.01**2, 0.03**2
+
+    def mean(x: Tensor) -> Tensor:
+        return avg_pool2d(x, window, stride=1)
+
+    a, b = (rearrange(x.double() / 2 + 0.5, "b c f h w -> (b f) c h w") for x in (real, fake))
+    sample = window**2 / (window**2 - 1)
+    var_a = sample * (mean(a * a) - mean(a)**2)
+    var_b = sample * (mean(b * b) - mean(b)**2)
+    both = sample * (mean(a * b) - mean(a) * mean(b))
+    likeness = (2 * mean(a) * mean(b) + c1) * (2 * both + c2)
+    return (likeness / ((mean(a)**2 + mean(b)**2 + c1) * (var_a + var_b + c2))).mean().item()
 
 
 def psnr(real: Tensor, fake: Tensor) -> float:

@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import config
 import infill
 import sample
-from experiments import ablations, evaluate, metrics
+from experiments import ablations, benchmark, evaluate, metrics
 from experiments import lab as lab_module
 from experiments.ablations import small_model
 from experiments.evaluate import table
@@ -30,7 +31,7 @@ from test_train import fitted, program
 HERE = Path(__file__).parents[1]
 NARROW = "--size 32 --patch 4 --dim_mults 1 --attention_resolutions 8".split()
 FEW = ("--clips 2 --reference 8 --seeds 1 --calls 4 --frames 24 --train_steps 2 --device cpu "
-       "--precision float32").split()
+       "--precision float32 --samples 2").split()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def judged(experiment: str, out: Path, said: str) -> None:
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
     assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
     assert "--clips 2" in numbers["command"] and len(numbers["features"]) == len(numbers["checkpoint"]) == 64
-    if experiment not in ("exchange", "modes"):
+    if experiment not in ("exchange", "modes", "benchmark"):
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
 
 
@@ -164,7 +165,52 @@ def test_small_clips_are_known_and_nothing_else(lab, monkeypatch):
     monkeypatch.setattr(infill, "fill", lambda model, s, given: given.low.repeat_interleave(2, 3)
                         .repeat_interleave(2, 4))
     blocky = lab.draw(0, evaluate.made_small(lab, x, 2))
-    assert torch.allclose(evaluate.smaller(blocky, 2), evaluate.smaller(x, 2), atol=1e-6)
+    assert torch.allclose(infill.smaller(blocky, 2), infill.smaller(x, 2), atol=1e-6)
+
+
+def test_the_benchmark_compares_ten_drawn_frames_with_the_true_ones(lab, monkeypatch):
+    lab.c.samples = 3
+    x, _, _ = lab.real(0, 20)
+    asked = []
+
+    def draw(seed, known, **flags):  # the truth, darker by 0, 0.1 and 0.2
+        given = known(infill.SampleConfig(num=len(x)), slice(0, len(x)))
+        asked.append((given.known.tolist(), flags["mode"], flags["overlap"]))
+        return x - 0.1 * (len(asked) - 1)
+    monkeypatch.setattr(lab, "draw", draw)
+    found = {name: arm(0) for name, arm in evaluate.benchmark(lab).items()}
+    assert asked == [([True] * 10 + [False] * 10, "predict", 10)] * 3
+    assert found["one sample"]["squared_error"] == found["best of 3"]["squared_error"] == 0
+    assert found["one sample"]["ssim"] == pytest.approx(1)
+    assert found["mean of 3"]["squared_error"] == pytest.approx(32 * 32 * 0.05**2, rel=1e-4)
+    true = x[:, :, 10:]
+    assert found["black frames"]["squared_error"] == pytest.approx(
+        ((true + 1) / 2).square().sum((1, 3, 4)).mean().item(), rel=1e-5)
+    assert found["the last frame again"]["squared_error"] == pytest.approx(
+        ((true - x[:, :, 9:10]) / 2).square().sum((1, 3, 4)).mean().item(), rel=1e-5)
+    assert found["one sample"]["digits"] > 0.9 > 0.3 > found["black frames"]["digits"]
+
+
+def test_the_public_test_file_is_read_clip_by_clip_and_seed_by_seed(lab, tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (20, 5, 32, 32), np.uint8)
+    lab.c.test_file, lab.c.clips = str(tmp_path / "mnist_test_seq.npy"), 2
+    np.save(lab.c.test_file, array)
+    x, truth = benchmark.clips(lab, 1)
+    assert truth == {} and x.shape == (2, 1, 20, 32, 32)
+    assert torch.equal(x[1, 0].add(1).mul(127.5).round().byte(), torch.from_numpy(array[:, 3]))
+    with pytest.raises(ValueError, match="holds 5 clips of 32 px"):
+        benchmark.clips(lab, 2)
+
+
+@pytest.mark.parametrize("array, reason", [
+    (np.zeros((5, 20, 32, 32), np.uint8), "shape .5, 20, 32, 32."), (np.zeros((20, 5, 32, 32)), "float64"),
+    (np.array([{}]), "no array")])
+def test_another_file_than_the_public_one_is_refused(array, reason, tmp_path):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=reason):
+        benchmark.read_test_file(str(tmp_path / "x.npy"))
+    with pytest.raises(ValueError, match="there is no file"):
+        benchmark.read_test_file(str(tmp_path / "y.npy"))
 
 
 def test_modes_are_drawn_with_the_settings_that_the_checkpoint_carries(lab, monkeypatch):

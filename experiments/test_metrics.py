@@ -12,7 +12,7 @@ from data import DataConfig, moving_mnist
 from diffusion import alpha_sigma, noise_like
 from experiments.features import Features, load_features, observe, walls
 from experiments.metrics import (exchange, frechet, identity_kept, identity_true, inception_score, measure,
-                                 mse_per_frame, psnr, same_paths, seam, trajectory_residual)
+                                 mse_per_frame, psnr, same_paths, seam, ssim, trajectory_residual)
 
 HERE = Path(__file__).parents[1]
 TRAINED = HERE / "pretrained" / "features_32.pt"
@@ -270,6 +270,19 @@ def test_shifted_frames_have_the_error_that_numpy_finds():
     by_frame = [((a[i, :, f] - b[i, :, f]) ** 2) for i in range(2) for f in range(3)]
     assert mse_per_frame(*pair()) == pytest.approx(np.mean([e.sum() for e in by_frame]), rel=1e-5)
     assert psnr(*pair()) == pytest.approx(np.mean([10 * np.log10(1 / e.mean()) for e in by_frame]), rel=1e-5)
+
+
+def test_ssim_is_that_of_all_windows_as_a_loop_finds_it():
+    x, y = (clip[:1, :, :2, :9, :10] for clip in pair())
+    found = []
+    for a, b in zip(x[0, 0].double() / 2 + 0.5, y[0, 0].double() / 2 + 0.5):
+        for top in range(3):
+            for left in range(4):
+                p, q = (side[top:top + 7, left:left + 7].flatten().numpy() for side in (a, b))
+                (v, both), (_, w) = np.cov(p, q)
+                found.append((2 * p.mean() * q.mean() + 1e-4) * (2 * both + 9e-4)
+                             / ((p.mean()**2 + q.mean()**2 + 1e-4) * (v + w + 9e-4)))
+    assert ssim(x, y) == pytest.approx(np.mean(found), rel=1e-6) and ssim(x, x) == pytest.approx(1)
 
 
 def test_an_error_of_one_tenth_everywhere_is_twenty_decibels():

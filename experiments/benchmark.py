@@ -1,0 +1,91 @@
+"""The benchmark that Moving MNIST is known for, as an experiment of evaluate.py: ten frames after ten."""
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import sample
+from experiments import metrics
+from experiments.lab import Arms, Lab, Numbers, each, known
+from files import to_float
+
+GIVEN, ALL = 10, 20  # frames
+
+
+def benchmark(lab: Lab) -> Arms:
+    """10 → 10 frames: squared error of a frame, pixels in [0, 1], summed; SSIM; the share of the drawn frames
+    that show the digits that were given.
+
+    Published for two digits at 64 px: ConvLSTM 103.3, PredRNN 56.8 (SSIM 0.867), PredRNN++ 46.5 (0.898) where
+    they were first compared; ConvLSTM 29.8, PredRNN 24.0 where OpenSTL trained them longer. A network that is
+    trained on this error draws the mean of all futures. A sample is one of them: where it is as good as it can
+    be, its error is twice that of the mean.
+    """
+    @cache
+    def futures(seed: int) -> tuple[Tensor, Tensor, dict]:
+        """The given frames and the true ones (B, C, 20, H, W), what is drawn (N, B, C, 10, H, W), the truth."""
+        x, truth = clips(lab, seed)
+        carried = sample.decide(lab.model, {"mode": "predict"})
+        flags = carried | dict(mode="predict", overlap=GIVEN)
+        drawn = []
+        for number in range(lab.c.samples):
+            y = lab.draw(lab.c.samples * seed + number, known(lab, x, slice(0, GIVEN)), **flags)
+            drawn.append(y[:, :, GIVEN:])
+        return x, torch.stack(drawn), truth
+
+    def best(x: Tensor, drawn: Tensor) -> Tensor:
+        """Of each clip the sample with the least error."""
+        errors = (drawn - x[:, :, GIVEN:]).square().mean((2, 3, 4, 5))  # (N, B)
+        return drawn[errors.argmin(0), torch.arange(len(x))]
+
+    def judged(guess: Any, seed: int) -> Numbers:
+        x, drawn, truth = futures(seed)
+        y = guess(x, drawn)
+        true = x[:, :, GIVEN:]
+        found = {"squared_error": metrics.mse_per_frame(true, y), "ssim": metrics.ssim(true, y)}
+        if truth:
+            found["digits"] = lab.digit_named(y, truth)
+        return found
+
+    several = f"of {lab.c.samples}"
+    return each(judged, {
+        "one sample": lambda x, drawn: drawn[0],
+        f"best {several}": best,
+        f"mean {several}": lambda x, drawn: drawn.mean(0),
+        "the last frame again": lambda x, drawn: x[:, :, GIVEN - 1:GIVEN].expand_as(x[:, :, GIVEN:]),
+        "black frames": lambda x, drawn: -torch.ones_like(x[:, :, GIVEN:])})
+
+
+def clips(lab: Lab, seed: int) -> tuple[Tensor, dict]:
+    """--clips clips of 20 frames (B, C, 20, H, W): of --test_file those behind the ones of smaller seeds, which
+    say no truth; else of the test split, another seed others.
+    """
+    if not lab.c.test_file:
+        x, _, truth = lab.real(seed, ALL)
+        return x, truth
+    data, n = lab.model.data, lab.c.clips
+    array = read_test_file(lab.c.test_file)
+    part = array[:, n * seed:n * (seed + 1)]
+    if part.shape[1:] != (n, data.size, data.size):
+        raise ValueError(f"{lab.c.test_file} holds {array.shape[1]} clips of {array.shape[2]} px, and --clips {n} "
+                         f"--seeds {lab.c.seeds} need {n * lab.c.seeds} of {data.size} px, as the model draws")
+    x = to_float(torch.from_numpy(np.array(part)))
+    return rearrange(x, "f n h w -> n 1 f h w").expand(-1, data.channels, -1, -1, -1), {}
+
+
+def read_test_file(path: str) -> np.ndarray:
+    """The array (20, N, H, W) uint8 of Moving MNIST's public test file, left on the disk. ValueError: it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no array: {error}") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or len(array) != ALL:
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, and not the uint8 of (20, clips, height, "
+                         "width) that mnist_test_seq.npy has")
+    return array
