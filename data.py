@@ -48,6 +48,11 @@ class DataConfig:
     short_captions: float = 0.0  # [0, 1] chance that a caption of moving_mnist names its digits alone
     flip: bool = False  # mirror half of the video_folder clips left to right
 
+    @property
+    def rate(self) -> float:
+        """Frames a second at --frame_stride 1. Digits have 8, and so have films without --fps, whose own vary."""
+        return self.fps or 8.0
+
 
 # ---- the public stream -----------------------------------------------------------------------------------
 
@@ -119,7 +124,7 @@ class Batches(Dataset):
             config = replace(self.config, frame_stride=(stride,))
             x, (caption,), known = self.source(config, 1, rng, "cpu")
             xs.append(x)
-            captions.append(f"{caption} at {8 / stride:g} fps")
+            captions.append(f"{caption} at {config.rate / stride:g} fps")
             for name in truth:
                 truth[name].extend(known.get(name, []))
         return torch.cat(xs), captions, truth

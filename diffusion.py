@@ -21,8 +21,8 @@ Generators = torch.Generator | list[torch.Generator] | None  # of noise: one for
 class DiffusionConfig:
     """The process, and what the network predicts."""
     prediction: Literal["eps", "v"] = "v"  # what the network predicts: the noise, or the velocity v
-    logsnr_min: float = -20.0  # [-40, 0] log-SNR at t = 1
-    logsnr_max: float = 20.0  # [0, 40] log-SNR at t = 0
+    logsnr_min: float = -20.0  # [-40, 0] log-SNR at t = 1, before noise_shift
+    logsnr_max: float = 20.0  # [0, 40] log-SNR at t = 0, before noise_shift
     noise_shift: float = 1.0  # [0.1, 100] sigma/alpha is multiplied by this at every t; 1 is the paper
     frame_noise: float = 0.0  # [0, 1] share of clips in training whose frames have each a time of its own
 

@@ -87,6 +87,10 @@ class Model:
     sampling: dict[str, dict] = field(default_factory=dict)  # settings for --mode, as in presets.SAMPLING
     step: int = 0  # of its training
 
+    def latents(self, x: Tensor) -> Tensor:
+        """The frames x as the network knows them."""
+        return self.coder.latents(x.to(self.device))
+
 
 @dataclass
 class Given:
@@ -145,6 +149,8 @@ def load_model(path: Path, device: torch.device) -> Model:
                          "python train.py --latent")
     try:
         return rebuilt(content, device)
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
@@ -167,7 +173,7 @@ def rebuilt(content: dict[str, Any], device: torch.device) -> Model:
     return Model(network, data, diffusion, text, device, coder, sampling, content["step"])
 
 
-def guided(model: Model, s: SampleConfig, given: Given) -> Denoiser:
+def guided(model: Model, s: SampleConfig) -> Denoiser:
     """The model's denoiser for --text (c = 0 without one), with guidance of the weights --w and --w_t."""
     network, cond = model.network, None
     denoise = denoiser(network, model.diffusion)
@@ -212,7 +218,7 @@ def captions(model: Model, s: SampleConfig) -> list[str]:
     if fps and len(strides) == 1 and model.data.dataset != "video_folder":
         raise ValueError("--fps needs a model trained with several --frame_stride")
     if fps == 0 and len(strides) > 1 and " fps" not in s.text:
-        fps = 8 / min(strides)
+        fps = model.data.rate / min(strides)
     said = []
     for clip in range(s.num):
         text = texts[clip % len(texts)]
@@ -229,7 +235,7 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     kind = model.device.type
     if torch.is_autocast_enabled(kind):
         cast_weights(model.network, torch.get_autocast_dtype(kind))
-    denoise, noise = guided(model, s, given), generators(s.seed, len(given.x))
+    denoise, noise = guided(model, s), generators(s.seed, len(given.x))
     starts = block_starts(given.known, length, overlap(model, s))
     calls = 2 * s.steps - 1 if s.delta else s.steps
     video = Given(given.x.clone(), given.known.clone(), given.low, given.low_known)
@@ -243,7 +249,7 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
 
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
     """Casts the weights of convolutions and products once. Autocast would do it in every call, since they are
-    frozen.
+    frozen. The network stays so.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -284,10 +290,11 @@ def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
 def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
                noise: list[torch.Generator]) -> Tensor:
     """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
-    constrain, guides = identity, given.low is not None
+    constrain = identity
+    guides = given.low is not None
     known = given.known[:, None, None]
     if known.any():
-        constrain = replacement(given.x.clone(), known, noise)
+        constrain = replacement(given.x, known, noise)
         guides = guides or s.method == "reconstruction"
     if guides and s.w_r:
         def observe(x: Tensor) -> Tensor:

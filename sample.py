@@ -38,7 +38,7 @@ def predict(model: Model, s: SampleConfig) -> Given:
     k, frames = overlap(model, s), s.frames or model.network.config.frames
     if k >= frames:
         raise ValueError(f"--mode predict draws what follows {k} of {frames} frames: give other --frames")
-    return show(nothing(model, s, frames), slice(0, k), latents(model, source(model, s, k)))
+    return show(nothing(model, s, frames), slice(0, k), model.latents(source(model, s, k)))
 
 
 def extend(model: Model, s: SampleConfig) -> Given:
@@ -49,13 +49,13 @@ def extend(model: Model, s: SampleConfig) -> Given:
     x = source(model, s, 0)
     if x.shape[2] >= len(given.known):
         raise ValueError(f"--input {s.input} has {x.shape[2]} frames already; --frames must be more")
-    return show(given, slice(0, x.shape[2]), latents(model, x))
+    return show(given, slice(0, x.shape[2]), model.latents(x))
 
 
 def interpolate(model: Model, s: SampleConfig) -> Given:
     """Every --stride-th frame, from a slow clip (Eq. 7)."""
     x, frames = slow_clip(model, s)
-    return show(nothing(model, s, frames), slice(None, None, s.stride), latents(model, x))
+    return show(nothing(model, s, frames), slice(None, None, s.stride), model.latents(x))
 
 
 def super_resolve(model: Model, s: SampleConfig) -> Given:
@@ -88,31 +88,27 @@ def small(s: SampleConfig, x: Tensor) -> Tensor:
     return smaller(x, s.scale)
 
 
-def latents(model: Model, x: Tensor) -> Tensor:
-    """The frames as the network knows them."""
-    return model.coder.latents(x.to(model.device))
-
-
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
-    """One frame in --stride of a video, from source (B, C, n, H, W), and the frames of the whole."""
-    frames = s.frames
-    if not frames and (s.input or s.base):  # as many as there are
-        x = source(model, s, 0, s.stride)
-        return x, (x.shape[2] - 1) * s.stride + 1
-    if not frames:
-        frames = model.network.config.frames
-    x = source(model, s, (frames - 1) // s.stride + 1, s.stride)
-    return x, frames
+    """One frame in --stride of a video (B, C, n, H, W), and the frames of the whole. What --base draws, and an
+    --input, are such slow clips already.
+    """
+    if not s.base and not s.input:
+        frames = s.frames or model.network.config.frames
+        return test_clips(model, s, frames)[:, :, ::s.stride], frames
+    if s.frames:
+        return source(model, s, (s.frames - 1) // s.stride + 1), s.frames
+    x = source(model, s, 0)
+    return x, (x.shape[2] - 1) * s.stride + 1
 
 
-def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
-    """The first frames (0: all) of what --base draws, of --input, or else of clips of the test split, at
-    stride; (B, C, frames, H, W).
+def source(model: Model, s: SampleConfig, frames: int) -> Tensor:
+    """The first frames (0: all) of what --base draws, of --input, or else of clips of the test split;
+    (B, C, frames, H, W).
     """
     if s.base:
         return drawn_by_base(model, s, frames)
     if not s.input:
-        return test_clips(model, s, frames, stride)
+        return test_clips(model, s, frames)
     data, stride = model.data, 1
     if Path(s.input).suffix not in ARRAYS:  # an array is at the model's speed already
         stride = min(data.frame_stride)
@@ -120,12 +116,11 @@ def source(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tenso
     return x.expand(s.num, -1, -1, -1, -1)
 
 
-def test_clips(model: Model, s: SampleConfig, frames: int, stride: int = 1) -> Tensor:
+def test_clips(model: Model, s: SampleConfig, frames: int) -> Tensor:
     """Clips of the test split (B, C, frames, H, W); clip i is the same whatever --num is."""
+    stride = min(model.data.frame_stride)
     if s.fps:
-        stride *= max(1, round(8 / s.fps))
-    else:
-        stride *= min(model.data.frame_stride)
+        stride = max(1, round(model.data.rate / s.fps))
     data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
     stream = batches(data, 1, s.seed)
     clips = [next(stream)[0] for _ in range(s.num)]
@@ -217,7 +212,7 @@ def directed(model: Model) -> bool:
 
 
 def forced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen, and contradicts a flag given by hand, as it must be instead."""
+    """The chosen settings that contradict a flag given by hand, each with the value that replaces it."""
     now = chosen | given  # a flag given by hand wins
     changes = {}
     if now.get("sampler", "ancestral") != "ancestral":
@@ -257,7 +252,7 @@ def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
         return chosen
 
     s, = config.parse(SampleConfig, first=FIRST, defaults=defaults)
-    overlap(found["model"], s)  # one that is too long ends here
+    overlap(found["model"], s)  # called for its error: one that is too long ends here
     return found["model"], s, found["machine"]
 
 
@@ -268,7 +263,7 @@ def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor]:
     """What --mode was given, and the video (B, C, T, H, W)."""
     given = MODES[s.mode](model, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
-    if s.base:  # which drew with this seed already, and what the text says
+    if s.base:  # which used this seed already, and drew what the text says
         s = replace(s, seed=s.seed + 1)
         if not model.text.cond_dim:
             s = replace(s, text="", w=0.0)
@@ -289,10 +284,8 @@ def sheet(model: Model, s: SampleConfig, given: Given, video: Tensor) -> tuple[T
 
 
 def frames_per_second(model: Model, s: SampleConfig) -> float:
-    """How fast the model's clips play: digits take 8 frames a second at --frame_stride 1."""
-    if s.fps:
-        return s.fps
-    return (model.data.fps or 8.0) / min(model.data.frame_stride)
+    """How fast the model's clips play."""
+    return s.fps or model.data.rate / min(model.data.frame_stride)
 
 
 def main() -> None:
@@ -310,10 +303,10 @@ def main() -> None:
 
 
 def free_name(folder: Path, mode: str) -> Path:
-    """folder/mode_001, or the first number that is not taken: no sample is overwritten."""
+    """folder/mode_001, or the first number that no GIF and no folder has: no sample is overwritten."""
     for number in itertools.count(1):
         path = folder / f"{mode}_{number:03d}"
-        if not path.with_suffix(".gif").exists():
+        if not path.exists() and not path.with_suffix(".gif").exists():
             return path
 
 

@@ -20,7 +20,7 @@ from text import TextConfig
 @dataclass
 class TrainConfig:
     """How to train."""
-    preset: str = ""  # cpu, cuda, ucf101, ...: other defaults than shown here; without it cuda or cpu
+    preset: str = ""  # cpu, cuda, ucf101, ...: other defaults than shown here; without it one that fits
     arch: Literal["unet3d", "magicvideo", "autoencoder"] = "unet3d"  # what is trained; see GUIDE.md
     init: str = ""  # run or checkpoint whose averaged weights and network a new run begins with
     latent: str = ""  # run or checkpoint of an autoencoder, in whose latents the network diffuses
@@ -60,7 +60,7 @@ PARTS = DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderCo
 class Settings:
     """All settings of a run; stored in its checkpoints as one flat dictionary, which sample.py reads back."""
     data: DataConfig
-    unet: MagicVideoConfig  # frames as the data have them; network is what is built
+    unet: MagicVideoConfig  # for frames in pixels; what is built is network, below
     diffusion: DiffusionConfig
     text: TextConfig
     autoencoder: AutoencoderConfig
@@ -91,8 +91,8 @@ class Settings:
 
 
 def read_settings(argv: list[str] | None = None) -> Settings:
-    """The settings: flags given by hand, else the run's that is resumed or whose latents are diffused, else
-    the preset's for the hardware. Bad ones end the program with one sentence.
+    """The settings: flags given by hand, else those of the run that is resumed, begun with or whose latents are
+    diffused, else the preset's for the hardware. Bad ones end the program with one sentence.
     """
     before = {}  # what the run goes on from: filled while flags are parsed, kept in Settings
 
@@ -133,7 +133,7 @@ def fitting(preset: str, given: dict[str, Any]) -> dict[str, Any]:
     if preset not in FITS or device.type != "cuda" or by_hand or "RANK" in os.environ:
         return {}
     free, _ = torch.cuda.mem_get_info(device)
-    for needed, clips, checkpointing in FITS[preset]:  # the fastest first
+    for needed, clips, checkpointing in FITS[preset]:  # the fastest first; the last one needs 0
         if free >= needed * 2**30:
             break
     whole = PRESETS[preset]["batch_size"] * PRESETS[preset].get("accumulate", 1)

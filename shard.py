@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from machine import Machine
-from magicvideo import Block
+from unet3d import Block
 
 
 def parallel(model: nn.Module, machine: Machine, shard: bool) -> nn.Module:

@@ -81,6 +81,8 @@ def weights_of(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
     path, content, _ = read_run(flag, getattr(s.train, flag))
     try:
         yield content
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
         word = "resume" if s.train.resume else "start"
         reason = s.changes() or "no flag explains it"
@@ -89,8 +91,7 @@ def weights_of(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
 
 
 def restore(state: State, content: dict[str, Any]) -> None:
-    """Puts a checkpoint's content into state, whatever each process holds of it, beside the parameters. There is
-    no random state in it: see the head of this file.
+    """Puts a checkpoint's content into state, whatever each process holds of it, beside the parameters.
     """
     for network, weights in ((state.model, content["model"]), (state.ema, content["ema"])):
         now = network.state_dict()
@@ -99,9 +100,10 @@ def restore(state: State, content: dict[str, Any]) -> None:
     for index, values in content["optimizer"]["state"].items():
         parameter = parameters[index]
         for name, value in values.items():
-            kept = value.to(parameter.device, copy=True)
             if value.shape:  # fused Adam reads it in the parameter's order in memory, which --shard changes
                 kept = torch.empty_like(parameter).copy_(part(value, parameter))
+            else:
+                kept = value.to(parameter.device, copy=True)
             state.optimizer.state[parameter][name] = kept
     if content.get("scaler"):
         state.scaler.load_state_dict(content["scaler"])

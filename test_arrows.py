@@ -21,7 +21,7 @@ ARROWS = {  # file: the files named here that it may import
     "autoencoder": "unet3d",
     "clips": "files checkpoint",
     "data": "files clips",
-    "shard": "machine magicvideo",
+    "shard": "machine unet3d",
     "settings": "config presets data text magicvideo autoencoder diffusion checkpoint machine",
     "state": "settings shard optimizer presets checkpoint machine data magicvideo autoencoder",
     "progress": "settings state data text diffusion sampling machine files",

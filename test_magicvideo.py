@@ -408,9 +408,9 @@ def test_where_training_said_every_speed_one_is_said_in_any_case(flags, expected
     heard, embed = [], infill.embed
     monkeypatch.setattr(infill, "embed", lambda texts, text: heard.append(texts) or embed(texts, text))
     s = infill.SampleConfig(**{"text": "a 3", "num": 1} | flags)
-    infill.guided(model, s, infill.nothing(model, s, 4))
+    infill.guided(model, s)
     alone = dataclasses.replace(model, data=dataclasses.replace(model.data, frame_stride=(1,)))
-    infill.guided(alone, s := infill.SampleConfig(text="a 3", num=1), infill.nothing(model, s, 4))
+    infill.guided(alone, s := infill.SampleConfig(text="a 3", num=1))
     assert heard == [[expected], ["a 3"]]
 
 

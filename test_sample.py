@@ -592,7 +592,7 @@ def test_a_setting_that_is_younger_than_the_checkpoint_has_its_default(tiny: Pat
 def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
-    plain, told, guided = (infill.guided(model, s, infill.nothing(model, s, 4))(z, level) for s in (
+    plain, told, guided = (infill.guided(model, s)(z, level) for s in (
         SampleConfig(num=1), SampleConfig(num=1, text="a four"), SampleConfig(num=1, text="a four", w=2.5)))
     assert (plain - told).abs().max() > 1e-3
     torch.testing.assert_close(guided, 3.5 * told - 2.5 * plain, rtol=1e-4, atol=1e-4)  # Eq. 6
@@ -601,7 +601,7 @@ def test_classifier_free_guidance_mixes_the_caption_and_no_caption(tiny: Path) -
 def test_temporal_guidance_moves_away_from_frames_that_see_no_other(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
-    plain, away = (infill.guided(model, s, infill.nothing(model, s, 4))(z, level) for s in (
+    plain, away = (infill.guided(model, s)(z, level) for s in (
         SampleConfig(num=2), SampleConfig(num=2, w_t=1.5)))
     single = denoiser(model.network, model.diffusion)
     frames = torch.cat([single(frame, level) for frame in z.split(1, 2)], 2)  # each a clip of its own
@@ -612,7 +612,7 @@ def test_temporal_guidance_moves_away_from_frames_that_see_no_other(tiny: Path) 
 def test_temporal_guidance_begins_at_its_log_snr(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
     z = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    plain, late = (infill.guided(model, s, infill.nothing(model, s, 4)) for s in (
+    plain, late = (infill.guided(model, s) for s in (
         SampleConfig(num=1), SampleConfig(num=1, w_t=1.0, w_t_from=-2.0)))
     differs = [not torch.equal(plain(z, at), late(z, at)) for at in torch.tensor([-3.0, -2.1, -2.0, 0.0])]
     assert differs == [False, False, True, True]
@@ -635,9 +635,9 @@ def test_temporal_guidance_works_beside_a_caption(tiny: Path) -> None:
     model = load_model(checkpoint.newest(tiny), CPU.device)
     z, level = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
     said = dict(num=1, text="a four")
-    told, both = (infill.guided(model, s, infill.nothing(model, s, 4))(z, level) for s in (
+    told, both = (infill.guided(model, s)(z, level) for s in (
         SampleConfig(**said, w=2.0), SampleConfig(**said, w=2.0, w_t=1.0)))
-    frames = torch.cat([infill.guided(model, s, infill.nothing(model, s, 1))(frame, level)
+    frames = torch.cat([infill.guided(model, s)(frame, level)
                         for s in [SampleConfig(**said)] for frame in z.split(1, 2)], 2)
     torch.testing.assert_close(both, 2 * told - frames, rtol=1e-4, atol=1e-4)
 
@@ -645,7 +645,7 @@ def test_temporal_guidance_works_beside_a_caption(tiny: Path) -> None:
 def test_temporal_guidance_needs_image_frames_in_training(tmp_path: Path) -> None:
     model = load_model(checkpoint.newest(checkpointed(tmp_path / "run", "--num_images", "0")), CPU.device)
     with pytest.raises(ValueError, match="image frames"):
-        infill.guided(model, s := SampleConfig(num=1, w_t=1.0), infill.nothing(model, s, 4))
+        infill.guided(model, s := SampleConfig(num=1, w_t=1.0))
 
 
 def test_what_is_drawn_is_clipped_after_guidance() -> None:

@@ -36,7 +36,7 @@ from text import condition
 def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, machine: Machine) -> Tensor:
     """The mean loss of micro-batch number index: video and image frames with their captions, some dropped."""
     x, captions = batch
-    # PyTorch takes 32 bits of a seed. The odd factor sends the micro-batches of other seeds far away
+    # PyTorch takes 32 bits of a seed. The factor sends the micro-batches of another seed far away
     torch.manual_seed((s.train.seed * 2_654_435_761 + index) % 2**32)
     if s.train.arch == "autoencoder":
         with machine.autocast():
@@ -217,8 +217,10 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
 
 def announce(s: Settings, machine: Machine) -> None:
     """Prints what is trained, on what, and what differs from the run that is resumed."""
-    reason = "as resumed" if s.train.resume else "as given"
-    if s.train.preset == suitable_preset({"device": s.train.device, "dataset": s.data.dataset}):
+    reason = "as given"
+    if s.train.resume:
+        reason = "as resumed"
+    elif s.train.preset == suitable_preset({"device": s.train.device, "dataset": s.data.dataset}):
         reason = "it fits the data and this hardware"
     clips = s.train.batch_size * s.train.accumulate * machine.world
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
@@ -230,6 +232,16 @@ def announce(s: Settings, machine: Machine) -> None:
         print(f"other settings than before: {s.changes()}")
 
 
+def less_memory(s: Settings) -> str:
+    """Which flags take less memory than these settings."""
+    if not s.unet.checkpointing:
+        return "--checkpointing takes a half or less, and a third more time"
+    if s.train.batch_size > 1:
+        half = s.train.batch_size // 2
+        return f"--batch_size {half} --accumulate {2 * s.train.accumulate} takes half, for about as many clips a step"
+    return "one clip does not fit: only a smaller --size, --frames or --dim takes less"
+
+
 def main() -> None:
     """Trains, as the flags say."""
     s = read_settings()
@@ -238,9 +250,7 @@ def main() -> None:
         with prepare(s, machine):
             fit(s, machine)
     except torch.OutOfMemoryError:
-        half = max(1, s.train.batch_size // 2)
-        raise ValueError(f"out of memory: --batch_size {half} --accumulate {2 * s.train.accumulate} --checkpointing "
-                         "takes half or less, for as many clips in a step") from None
+        raise ValueError(f"out of memory: {less_memory(s)}") from None
     finally:
         if machine.world > 1:
             dist.destroy_process_group()

@@ -48,7 +48,7 @@ def loss_of_real(lab: Lab) -> float:
     captions = [[text] for text in texts]
     cond = condition(captions, model.text, model.device)
     noise = torch.Generator().manual_seed(0)
-    x = lab.latents(x)
+    x = lab.model.latents(x)
     with torch.no_grad(), lab.machine.autocast():
         losses = loss(model.network, x, model.diffusion, cond, generator=noise)
     return losses.mean().item()

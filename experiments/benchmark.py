@@ -1,7 +1,7 @@
 """The benchmark that Moving MNIST is known for, as an experiment of evaluate.py: ten frames after ten."""
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def benchmark(lab: Lab) -> Arms:
         errors = (drawn - x[:, :, GIVEN:]).square().mean((2, 3, 4, 5))  # (N, B)
         return drawn[errors.argmin(0), torch.arange(len(x))]
 
-    def judged(guess: Any, seed: int) -> Numbers:
+    def judged(guess: Callable[[Tensor, Tensor], Tensor], seed: int) -> Numbers:
         x, drawn, truth = futures(seed)
         y = guess(x, drawn)
         true = x[:, :, GIVEN:]

@@ -145,7 +145,7 @@ def extend(lab: Lab) -> Arms:
         return {
             **lab.measure(x),
             "identity_kept_whole": metrics.identity_kept(classes),
-            "residual_whole": metrics.path_off(places, x.shape[-1]),
+            "residual_whole": metrics.path_off(places, x.shape[-1], lab.stride),
             "digit_named": metrics.identity_true(classes, truth["labels"]),
             "largest_step": metrics.steps(places).amax(1).mean().item(),
             **metrics.seam(places, classes, seams)}
@@ -174,8 +174,8 @@ def exchange(lab: Lab) -> Arms:
             num_images=0,
             frame_stride=(lab.stride,))
         x, other = metrics.same_paths(data, lab.c.clips, (8, seed))
-        x = lab.latents(x)
-        other = lab.latents(other)
+        x = lab.model.latents(x)
+        other = lab.model.latents(other)
         found = {}
         denoise = denoiser(lab.model.network, lab.model.diffusion)
         with torch.no_grad(), lab.machine.autocast():

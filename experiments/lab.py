@@ -81,10 +81,6 @@ class Lab:
             frame_stride=(self.stride,))
         return moving_mnist(data, clips or self.c.clips, (7, seed))
 
-    def latents(self, x: Tensor) -> Tensor:
-        """The frames x as the network knows them."""
-        return self.model.coder.latents(x.to(self.model.device))
-
     def blank(self, frames: int) -> Known:
         """Nothing is known of so many frames."""
         return lambda s, which: nothing(self.model, s, frames)
@@ -95,18 +91,20 @@ class Lab:
             known: Known | None = None,
             texts: Sequence[str] = (),
             **flags: Any) -> Tensor:
-        """--clips clips, by flags of SampleConfig; by default nothing is known of them, and no caption said."""
+        """--clips clips, by flags of SampleConfig; by default nothing is known of them, and what is said is what
+        flags say. Each has one of the texts, where they are given.
+        """
         c = self.c
         guidance = dict(w_t=c.w_t, w_t_from=c.w_t_from, w_r_power=c.w_r_power)
         known = known or self.blank(self.length)
         parts = []
         for first in range(0, c.clips, c.batch_size):
             which = slice(first, min(first + c.batch_size, c.clips))
-            s = SampleConfig(
-                num=which.stop - first,
-                seed=100_000 * seed + first,
-                text="|".join(texts[which]),
-                **guidance | flags)
+            values = guidance | flags
+            values |= dict(num=which.stop - first, seed=100_000 * seed + first)
+            if texts:
+                values["text"] = "|".join(texts[which])
+            s = SampleConfig(**values)
             with self.machine.autocast():
                 parts.append(infill.fill(self.model, s, known(s, which)))
         return torch.cat(parts).float().cpu()
@@ -194,7 +192,7 @@ def open_lab(c: EvaluateConfig) -> Lab:
 def known(lab: Lab, x: Tensor, where: slice) -> Known:
     """What is known when the frames of clips x are that lie at where."""
     def given(s: SampleConfig, which: slice) -> Given:
-        frames = lab.latents(x[which][:, :, where])
+        frames = lab.model.latents(x[which][:, :, where])
         blank = nothing(lab.model, s, x.shape[2])
         return show(blank, where, frames)
     return given

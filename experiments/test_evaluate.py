@@ -139,6 +139,15 @@ def test_clips_are_drawn_in_batches_each_with_its_caption(lab, monkeypatch):
     assert seen == [(4, list("abcd"), 4), (2, list("ef"), 2)]
 
 
+def test_what_a_checkpoint_carries_is_drawn_and_texts_and_numbers_are_the_labs(lab, monkeypatch):
+    seen = []
+    monkeypatch.setattr(infill, "fill", lambda model, s, given: seen.append((s.num, s.text)) or given.x)
+    carried = {"text": "a 3|a 4", "num": 9}
+    lab.draw(0, **carried)
+    lab.draw(0, texts=list("abcdef"), **carried)
+    assert seen == [(4, "a 3|a 4"), (2, "a 3|a 4"), (4, "a|b|c|d"), (2, "e|f")]
+
+
 def test_batches_and_seeds_have_noise_of_their_own(lab, monkeypatch):
     seeds = []
     monkeypatch.setattr(infill, "fill", lambda model, s, given: seeds.append(s.seed) or given.x)
