@@ -99,8 +99,9 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def latents(self, x: Tensor) -> Tensor:
         """What is diffused: the scaled means of clean frames x (B, C, F, H, W)."""
-        mean, _ = self.encode(x)
-        return mean * self.scale
+        at_once = 4 if x.device.type == "cpu" else len(x)  # few stay in a CPU's cache
+        means = [self.encode(clips)[0] for clips in x.split(at_once)]
+        return torch.cat(means) * self.scale
 
     def decoded(self, z: Tensor) -> Tensor:
         """The video of the scaled latents z, not clipped: guidance differentiates it."""

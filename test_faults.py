@@ -320,19 +320,35 @@ def test_what_is_not_finite_stops_before_the_step_and_names_it(
     assert same(learned(checkpoint.load(checkpoint.newest(tmp_path / "run"))), learned(good))
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't "
-                                                "allocate memory: you tried to allocate 9 bytes")])
-def test_out_of_memory_names_the_levers(error: Exception, monkeypatch: MonkeyPatch, tmp_path: Path,
-                                        capsys: CaptureFixture) -> None:
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to "
+                        "allocate 9 bytes")
+
+
+@pytest.mark.parametrize("error, flags, levers", [
+    (CPU_FULL, [], ["--batch_size", "--accumulate", "--checkpointing", "--num"]),
+    (GPU_FULL, [], ["memory: --checkpointing takes"]),
+    (GPU_FULL, ["--checkpointing"], ["--batch_size 1 --accumulate 2 takes"]),  # half of what TINY has
+    (GPU_FULL, ["--checkpointing", "--batch_size", 1], ["smaller --size"])])
+def test_out_of_memory_names_the_levers(error: Exception, flags: list, levers: list, monkeypatch: MonkeyPatch,
+                                        tmp_path: Path, capsys: CaptureFixture) -> None:
     def loss(*given: object, **more: object) -> None:
         raise error
     monkeypatch.setattr(train, "loss", loss)
-    line = refusal(train.main, [*TINY, "--out", tmp_path / "run"], monkeypatch, capsys)
-    levers = ("--batch_size", "--accumulate", "--checkpointing", "--num")
-    if isinstance(error, torch.OutOfMemoryError):
-        levers = ("--batch_size 1 --accumulate 2 --checkpointing",)  # half of what TINY has
+    line = refusal(train.main, [*TINY, *flags, "--out", tmp_path / "run"], monkeypatch, capsys)
     assert all(lever in line for lever in levers)
+
+
+def test_memory_that_runs_out_while_weights_are_restored_is_no_other_network(monkeypatch: MonkeyPatch,
+                                                                             tmp_path: Path,
+                                                                             capsys: CaptureFixture) -> None:
+    fitted(TINY, tmp_path / "run")
+
+    def restore(*given: object) -> None:
+        raise GPU_FULL
+    monkeypatch.setattr(state, "restore", restore)
+    line = refusal(train.main, ["--resume", tmp_path / "run", "--steps", 9], monkeypatch, capsys)
+    assert "memory: --checkpointing takes" in line and "another network" not in line
 
 
 @pytest.mark.slow
