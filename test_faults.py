@@ -342,7 +342,7 @@ def test_out_of_memory_names_the_levers(error: Exception, flags: list, levers: l
 def test_memory_that_runs_out_while_weights_are_restored_is_no_other_network(monkeypatch: MonkeyPatch,
                                                                              tmp_path: Path,
                                                                              capsys: CaptureFixture) -> None:
-    fitted(TINY, tmp_path / "run")
+    fitted([*TINY, "--steps", 2], tmp_path / "run")
 
     def restore(*given: object) -> None:
         raise GPU_FULL
