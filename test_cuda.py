@@ -2,6 +2,7 @@
 
 No GPU is needed. C++ is told that these tensors lie on "meta", so that nothing asks for a driver, and Python is
 told "cuda:0". A tensor that stays on the CPU fails here as it would on a GPU. This goes by PyTorch's internals.
+The same with "mps:0" shows that nothing on Apple's GPU, which has no float64, is one; there all is in float32.
 """
 import contextlib
 import traceback
@@ -35,7 +36,7 @@ if not torch.__version__.startswith(KNOWN):
     pytest.skip(f"fake CUDA tensors are made for PyTorch {KNOWN}, this is {torch.__version__}", allow_module_level=True)
 
 HERE = Path(__file__).parent
-CUDA, META = torch.device("cuda:0"), torch.device("meta")
+CUDA, MPS, META = torch.device("cuda:0"), torch.device("mps:0"), torch.device("meta")
 ATEN = torch.ops.aten
 ASKED = torch.ops.prim.device.default  # C++ asks Python for a tensor's device
 NUMBER = ATEN._local_scalar_dense.default  # Tensor.item()
@@ -47,17 +48,21 @@ UPPER = "softmax group_norm mse_loss interpolate exp log pow sum prod norm".spli
 
 class Waits(TorchDispatchMode):
     """The lines of the project where the host waits for the GPU. A number that nobody knows is 1."""
-    def __init__(self) -> None:
+    def __init__(self, gpu: torch.device) -> None:
         super().__init__()
+        self.gpu = gpu
         self.lines: list[str] = []
 
     def __torch_dispatch__(self, operation: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if operation is NUMBER:
-            if args[0].device == CUDA:
+            if args[0].device == self.gpu:
                 self.note()
             return 1.0 if args[0].is_floating_point() else 1
         result = operation(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device == MPS:
+                assert tensor.dtype not in (torch.float64, torch.bfloat16), operation
         if operation in COPIES:
             places = {tensor.device for tensor in tree_leaves((args, result)) if isinstance(tensor, Tensor)}
             if len(places) == 2 and not kwargs.get("non_blocking", args[-1] is True):
@@ -73,7 +78,7 @@ class Waits(TorchDispatchMode):
 
 def told(tensor: FakeTensor) -> torch.device:
     """What C++ hears of where a tensor lies."""
-    if tensor.fake_mode.in_kernel_invocation or tensor.fake_device.type == "cuda":
+    if tensor.fake_mode.in_kernel_invocation or tensor.fake_device.type in ("cuda", "mps"):
         return META
     return tensor.fake_device
 
@@ -106,8 +111,8 @@ def moved(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Mod
 
 
 @contextlib.contextmanager
-def fake_cuda(has_bf16: bool = True) -> Iterator[Waits]:
-    """Inside, all tensors are fake, and the device "cuda:0" is there."""
+def fake_gpu(gpu: torch.device = CUDA, has_bf16: bool = True) -> Iterator[Waits]:
+    """Inside, all tensors are fake, and the device gpu is there."""
     answer, dispatch = FakeTensor.__torch_dispatch__.__func__, FakeTensorMode.dispatch
 
     def tensor_dispatch(cls: type, operation: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -118,7 +123,7 @@ def fake_cuda(has_bf16: bool = True) -> Iterator[Waits]:
     def mode_dispatch(mode: FakeTensorMode, operation: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("device") == META:  # C++ makes zeros, say, where it was told
-            kwargs = kwargs | {"device": CUDA}
+            kwargs = kwargs | {"device": gpu}
         return dispatch(mode, operation, types, args, kwargs)
     patches = [
         (FakeTensor, "__torch_dispatch__", classmethod(tensor_dispatch)), (FakeTensorMode, "dispatch", mode_dispatch),
@@ -137,7 +142,7 @@ def fake_cuda(has_bf16: bool = True) -> Iterator[Waits]:
         handlers = {ASKED: lambda args: told(args[0])}
         stack.enter_context(mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, handlers))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Waits())
+        yield stack.enter_context(Waits(gpu))
 
 
 TINY = ("--device cpu --size 16 --frames 4 --dim 16 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
@@ -146,12 +151,12 @@ PIXELS = [*TINY, *"--preset pixels --cond_dim 8".split()]
 LATENTS = [*TINY, *"--preset cuda --size 32 --dim_mults 1 --attention_resolutions 4".split()]
 
 
-def built(s: Settings) -> state.State:
+def built(s: Settings, gpu: torch.device = CUDA) -> state.State:
     """The state of a new run on the fake GPU; an autoencoder's weights are what its numbers are: fake."""
     def coder(s: Settings, device: torch.device) -> autoencoder.Autoencoder:
         return autoencoder.Autoencoder(s.autoencoder).to(device).requires_grad_(False)
     with mock.patch.object(state, "new_coder", coder):
-        return state.new_state(s, CUDA)
+        return state.new_state(s, gpu)
 
 
 slow = pytest.mark.slow
@@ -165,7 +170,7 @@ slow = pytest.mark.slow
     pytest.param([*LATENTS, "--arch", "magicvideo", "--cond_dim", "8"], marks=slow)])
 def test_a_training_step_keeps_to_the_gpu_and_waits_once(flags: list[str]) -> None:
     s = read_settings(flags)
-    with fake_cuda(has_bf16="fp16" not in flags) as waits:
+    with fake_gpu(has_bf16="fp16" not in flags) as waits:
         machine, made = Machine(CUDA, s.train.precision), built(s)
         stream = data.batches(s.data, s.train.batch_size, 0, device=CUDA)
         waits.lines.clear()
@@ -182,7 +187,7 @@ def test_a_training_step_keeps_to_the_gpu_and_waits_once(flags: list[str]) -> No
 @pytest.mark.parametrize("flags", [PIXELS, LATENTS])
 def test_a_preview_keeps_to_the_gpu(flags: list[str]) -> None:
     s = read_settings(flags)
-    with fake_cuda(), mock.patch.object(progress, "save_video") as save:
+    with fake_gpu(), mock.patch.object(progress, "save_video") as save:
         progress.preview(built(s), s, Machine(CUDA))
         video, *_ = save.call_args[0]
         assert video.device == CUDA and video.shape == (4, 1, 4, s.data.size, s.data.size)
@@ -193,7 +198,7 @@ def test_adams_count_is_resumed_beside_its_parameter(monkeypatch: MonkeyPatch) -
     monkeypatch.setattr("torch.distributed.tensor.distribute_tensor", lambda whole, mesh, *_, **more: whole.to(mesh))
     saved = {"model": {}, "ema": {}, "step": 3, "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}}}
     for is_shard in (False, True):
-        with fake_cuda():
+        with fake_gpu():
             parameter = nn.Parameter(torch.zeros(2, device=CUDA))
             if is_shard:
                 parameter.placements, parameter.device_mesh = (), CUDA
@@ -217,7 +222,7 @@ MODES = [*sample.MODES]
     pytest.param("generate", PIXELS, {"sampler": "ddim"}, marks=slow)])
 def test_sampling_keeps_to_the_gpu(mode: str, flags: list[str], options: dict) -> None:
     s = read_settings(flags)
-    with fake_cuda(), Machine(CUDA).autocast():
+    with fake_gpu(), Machine(CUDA).autocast():
         made = built(s)
         network = made.ema.eval().requires_grad_(False)
         model = infill.Model(network, s.data, s.diffusion, s.text, CUDA, made.coder)
@@ -225,3 +230,16 @@ def test_sampling_keeps_to_the_gpu(mode: str, flags: list[str], options: dict) -
         one = infill.SampleConfig(mode=mode, num=1, frames=frames, overlap=2, **{"steps": 2} | options)
         video = infill.fill(model, one, sample.MODES[mode](model, one))
         assert video.device == CUDA and video.shape == (1, 1, frames, s.data.size, s.data.size)
+
+
+@pytest.mark.parametrize("flags", [LATENTS, pytest.param(PIXELS, marks=slow)])
+def test_apples_gpu_gets_no_float64_and_no_bf16(flags: list[str]) -> None:
+    s = read_settings(flags)
+    with fake_gpu(MPS):
+        machine, made = Machine(MPS), built(s, MPS)
+        with machine.autocast():
+            train.train_step(made.model, made, data.batches(s.data, s.train.batch_size, 0, device=MPS), s, machine)
+            network = made.ema.eval().requires_grad_(False)
+            model = infill.Model(network, s.data, s.diffusion, s.text, MPS, made.coder)
+            one = infill.SampleConfig(mode="predict", num=1, frames=4, overlap=2, steps=2, w_t=1.0, w_t_from=-40.0)
+            assert infill.fill(model, one, sample.predict(model, one)).device == MPS
