@@ -37,10 +37,24 @@ def benchmark(lab: Lab) -> Arms:
             drawn.append(y[:, :, GIVEN:])
         return x, torch.stack(drawn), truth
 
+    def one(x: Tensor, drawn: Tensor) -> Tensor:
+        return drawn[0]
+
     def best(x: Tensor, drawn: Tensor) -> Tensor:
         """Of each clip the sample with the least error."""
-        errors = (drawn - x[:, :, GIVEN:]).square().mean((2, 3, 4, 5))  # (N, B)
+        true = x[:, :, GIVEN:]
+        errors = (drawn - true).square().mean((2, 3, 4, 5))  # (N, B)
         return drawn[errors.argmin(0), torch.arange(len(x))]
+
+    def mean(x: Tensor, drawn: Tensor) -> Tensor:
+        return drawn.mean(0)
+
+    def last(x: Tensor, drawn: Tensor) -> Tensor:
+        frame = x[:, :, GIVEN - 1:GIVEN]
+        return frame.expand_as(drawn[0])
+
+    def black(x: Tensor, drawn: Tensor) -> Tensor:
+        return torch.full_like(drawn[0], -1)
 
     def judged(guess: Callable[[Tensor, Tensor], Tensor], seed: int) -> Numbers:
         x, drawn, truth = futures(seed)
@@ -51,13 +65,12 @@ def benchmark(lab: Lab) -> Arms:
             found["digits"] = lab.digit_named(y, truth)
         return found
 
-    several = f"of {lab.c.samples}"
     return each(judged, {
-        "one sample": lambda x, drawn: drawn[0],
-        f"best {several}": best,
-        f"mean {several}": lambda x, drawn: drawn.mean(0),
-        "the last frame again": lambda x, drawn: x[:, :, GIVEN - 1:GIVEN].expand_as(x[:, :, GIVEN:]),
-        "black frames": lambda x, drawn: -torch.ones_like(x[:, :, GIVEN:])})
+        "one sample": one,
+        f"best of {lab.c.samples}": best,
+        f"mean of {lab.c.samples}": mean,
+        "the last frame again": last,
+        "black frames": black})
 
 
 def clips(lab: Lab, seed: int) -> tuple[Tensor, dict]:

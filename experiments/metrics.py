@@ -199,13 +199,17 @@ def ssim(real: Tensor, fake: Tensor) -> float:
     def mean(x: Tensor) -> Tensor:
         return avg_pool2d(x, window, stride=1)
 
-    a, b = (rearrange(x.double() / 2 + 0.5, "b c f h w -> (b f) c h w") for x in (real, fake))
+    a = rearrange(real.double() / 2 + 0.5, "b c f h w -> (b f) c h w")
+    b = rearrange(fake.double() / 2 + 0.5, "b c f h w -> (b f) c h w")
+    mean_a = mean(a)
+    mean_b = mean(b)
     sample = window**2 / (window**2 - 1)
-    var_a = sample * (mean(a * a) - mean(a)**2)
-    var_b = sample * (mean(b * b) - mean(b)**2)
-    both = sample * (mean(a * b) - mean(a) * mean(b))
-    likeness = (2 * mean(a) * mean(b) + c1) * (2 * both + c2)
-    return (likeness / ((mean(a)**2 + mean(b)**2 + c1) * (var_a + var_b + c2))).mean().item()
+    var_a = sample * (mean(a * a) - mean_a**2)
+    var_b = sample * (mean(b * b) - mean_b**2)
+    both = sample * (mean(a * b) - mean_a * mean_b)
+    likeness = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    most = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return (likeness / most).mean().item()
 
 
 def psnr(real: Tensor, fake: Tensor) -> float:
