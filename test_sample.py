@@ -548,11 +548,11 @@ def test_under_autocast_weights_are_cast_once_and_the_clip_stays_the_same(tiny: 
 
 @pytest.mark.slow
 def test_a_call_of_the_network_while_sampling_waits_for_no_gpu(monkeypatch) -> None:
-    from test_cuda import CUDA, PIXELS, built, fake_cuda, read_settings  # which skips where it cannot be
+    from test_cuda import CUDA, PIXELS, built, fake_gpu, read_settings  # which skips where it cannot be
 
     one = SampleConfig(num=1, frames=4, text="a 3", w=1.0, w_t=1.0, w_t_from=-40.0, delta=0.1)
     waits = []
-    with fake_cuda() as lines, Machine(CUDA).autocast():
+    with fake_gpu() as lines, Machine(CUDA).autocast():
         s = read_settings(PIXELS)
         made = built(s)
         network = made.ema.eval().requires_grad_(False)
