@@ -44,13 +44,13 @@ class DataConfig:
     frame_stride: tuple[int, ...] = (1,)  # [1, 64] every n-th frame is used; of several n each clip draws one
     num_images: int = 0  # [0, 64] independent image frames appended to each clip (joint training)
     digits: int = 2  # [1, 8] digits per clip of the MNIST sets
-    walls: Literal["bounce", "clamp"] = "bounce"  # clamp: a digit that passes a wall is put at it, as first published
+    walls: Literal["bounce", "clamp"] = "bounce"  # clamp: a digit past a wall is put at it
     short_captions: float = 0.0  # [0, 1] chance that a caption of moving_mnist names its digits alone
     flip: bool = False  # mirror half of the video_folder clips left to right
 
     @property
     def rate(self) -> float:
-        """Frames a second at --frame_stride 1. Digits have 8, and so have films without --fps, whose own vary."""
+        """Frames a second at --frame_stride 1: digits have 8, and so have films without --fps by our count."""
         return self.fps or 8.0
 
 
@@ -232,8 +232,8 @@ def _straight(config, shape, room, rng):
 
 
 def _clamped(place, velocity, frames):
-    """What the code of Srivastava et al. does in each frame, the first included: a step, and where that passes
-    a wall the digit is put at the wall and turns.
+    """As in the code of Srivastava et al.: in each frame, the first included, the digit makes a step, and if it
+    passes a wall it is put at the wall and turns.
     """
     places = []
     for _ in range(frames):

@@ -88,8 +88,8 @@ def lr_factor(step: int, warmup: int, decay: str, steps: int) -> float:
 
 @torch.no_grad()
 def ema_update(averaged: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Moves the averaged weights (EMA) towards the model's after a step: at step 0 all the way, then by 1 - decay,
-    but with a decay of (1 + step) / (10 + step) while that is less: for 0.999 the first 9,000 steps.
+    """Moves the averaged weights (EMA) towards the model's after a step: at step 0 all the way, then by
+    1 - decay, but with a decay of (1 + step) / (10 + step) while that is less: for 0.999 for 9,000 steps.
     """
     now = min(decay, (1 + step) / (10 + step))
     if step == 0:

@@ -89,8 +89,8 @@ def small(s: SampleConfig, x: Tensor) -> Tensor:
 
 
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
-    """One frame in --stride of a video (B, C, n, H, W), and the frames of the whole. What --base draws, and an
-    --input, are such slow clips already.
+    """One frame in --stride of a video (B, C, n, H, W), and the frames of the whole. An --input, and what
+    --base draws, are such slow clips already.
     """
     if not s.base and not s.input:
         frames = s.frames or model.network.config.frames

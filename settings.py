@@ -40,7 +40,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"  # auto: the fastest that the hardware has
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
-    workers: int = -1  # [-1, 256] more processes that make clips ahead; -1: for films half of the cores, for a GPU 1
+    workers: int = -1  # [-1, 256] more processes that make clips; -1: half of the cores for films, 1 for a GPU
     shard: bool = False  # with torchrun: each process holds a part of weights, EMA and Adam's state (FSDP2)
     compile: bool = False  # torch.compile the network: minutes of waiting, then faster, on a GPU
     out: str = ""  # folder of the run; by default runs/<dataset>-<date>
@@ -91,8 +91,8 @@ class Settings:
 
 
 def read_settings(argv: list[str] | None = None) -> Settings:
-    """The settings: flags given by hand, else those of the run that is resumed, begun with or whose latents are
-    diffused, else the preset's for the hardware. Bad ones end the program with one sentence.
+    """The settings: flags given by hand, else those of the run that is resumed or begun with, or whose latents
+    are diffused, else the preset's for the hardware. Bad ones end the program with one sentence.
     """
     before = {}  # what the run goes on from: filled while flags are parsed, kept in Settings
 

@@ -91,8 +91,7 @@ def weights_of(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
 
 
 def restore(state: State, content: dict[str, Any]) -> None:
-    """Puts a checkpoint's content into state, whatever each process holds of it, beside the parameters.
-    """
+    """Puts a checkpoint's content into state, whatever each process holds of it, beside the parameters."""
     for network, weights in ((state.model, content["model"]), (state.ema, content["ema"])):
         now = network.state_dict()
         network.load_state_dict({name: part(value, now[name]) for name, value in weights.items()})

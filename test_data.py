@@ -123,6 +123,12 @@ def test_a_function_in_the_table_is_a_data_set_with_images_and_speeds(monkeypatc
     assert speeds == {"8", "2"}
 
 
+def test_captions_say_the_speed_at_the_rate_that_films_are_sampled_at(monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "grey", grey)
+    _, captions = next(batches(DataConfig("grey", size=8, frames=5, fps=24, frame_stride=(1, 2)), 20, 0))
+    assert {caption.split(" at ")[1] for caption, in captions} == {"24 fps", "12 fps"}
+
+
 def test_a_data_set_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="--dataset mnist is not one of moving_mnist, (.*, )?video_folder$"):
         batches(DataConfig("mnist"), 1, 0)

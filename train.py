@@ -234,11 +234,11 @@ def announce(s: Settings, machine: Machine) -> None:
 
 def less_memory(s: Settings) -> str:
     """Which flags take less memory than these settings."""
-    if not s.unet.checkpointing:
-        return "--checkpointing takes a half or less, and a third more time"
+    if not s.unet.checkpointing and s.train.arch != "autoencoder":
+        return "--checkpointing takes less, and a third more time"
     if s.train.batch_size > 1:
-        half = s.train.batch_size // 2
-        return f"--batch_size {half} --accumulate {2 * s.train.accumulate} takes half, for about as many clips a step"
+        half, twice = s.train.batch_size // 2, 2 * s.train.accumulate
+        return f"--batch_size {half} --accumulate {twice} takes less, for about as many clips a step"
     return "one clip does not fit: only a smaller --size, --frames or --dim takes less"
 
 

@@ -1,8 +1,9 @@
 """The experiments behind the tables of section 4: python -m experiments.evaluate --experiment NAME.
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
-raw numbers beside it. But for modes, exchange and benchmark, what is drawn stands beside two real rows: as many clips of the test
-split (the floor), and as many whose every frame is from another clip (chance: good frames, no video).
+raw numbers beside it. But for modes, exchange and benchmark, what is drawn stands beside two real rows: as
+many clips of the test split (the floor), and as many whose every frame is from another clip (chance: good
+frames, no video).
 modes and samplers draw without captions. joint, which trains models of its own, is in ablations.py, and
 benchmark, ten frames after ten, in benchmark.py.
 """
@@ -40,13 +41,9 @@ def modes(lab: Lab) -> Arms:
     digit: share of the drawn frames that show the digit of what was given, or, where nothing was, the one that
     most frames of their clip show. By chance 0.10, and 0.28 where nothing was given; real clips have 0.99.
     """
-    def drawn(mode: str, known: Known, seed: int, **flags: Any) -> Tensor:
-        carried = sample.decide(lab.model, {"mode": mode})
-        return lab.draw(seed, known, mode=mode, **carried | flags)
-
     def free(case: tuple[str, int], seed: int) -> Numbers:
         mode, frames = case
-        classes, places, *_ = lab.observe(drawn(mode, lab.blank(frames), seed))
+        classes, places, *_ = lab.observe(as_carried(lab, mode, lab.blank(frames), seed))
         steps = metrics.steps(places)
         return {
             "digit": metrics.identity_kept(classes),
@@ -56,14 +53,14 @@ def modes(lab: Lab) -> Arms:
     def continued(case: tuple[str, slice, dict], seed: int) -> Numbers:
         mode, where, flags = case
         x, _, truth = lab.real(seed)
-        y = drawn(mode, known(lab, x, where), seed, **flags)
+        y = as_carried(lab, mode, known(lab, x, where), seed, **flags)
         new = torch.ones(lab.length, dtype=torch.bool)
         new[where] = False
         return {"digit": lab.digit_named(y[:, :, new], truth)}
 
     def enlarged(scale: int, seed: int) -> Numbers:
         x, _, truth = lab.real(seed)
-        y = drawn("super_resolve", made_small(lab, x, scale), seed, scale=scale)
+        y = as_carried(lab, "super_resolve", made_small(lab, x, scale), seed, scale=scale)
         return {"digit": lab.digit_named(y, truth), "psnr": metrics.psnr(x, y)}
 
     given = {
@@ -75,6 +72,12 @@ def modes(lab: Lab) -> Arms:
         **each(continued, given),
         **each(enlarged, {"super_resolve 2": 2, "super_resolve 4": 4}),
         **each(free, {f"extend to {lab.c.frames}": ("extend", lab.c.frames)})}
+
+
+def as_carried(lab: Lab, mode: str, what: Known, seed: int, **flags: Any) -> Tensor:
+    """What sample.py draws of what is known in a mode: with the settings that the checkpoint carries."""
+    carried = sample.decide(lab.model, {"mode": mode})
+    return lab.draw(seed, what, mode=mode, **carried | flags)
 
 
 def samplers(lab: Lab) -> Arms:
