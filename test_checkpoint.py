@@ -244,6 +244,7 @@ def test_what_is_published_is_the_averaged_weights_in_bf16_and_no_path(run_folde
     assert checkpoint.load(tmp_path / "small.pt")["sampling"] == {"all": {"steps": 9}} != content["sampling"]
 
 
+@pytest.mark.slow
 def test_publishing_is_a_command_and_a_folder_without_a_run_one_sentence(run_folder, tmp_path, monkeypatch):
     command = [sys.executable, checkpoint.__file__, str(run_folder), str(tmp_path / "out.pt")]
     assert subprocess.run(command).returncode == 0

@@ -232,7 +232,8 @@ def test_sampling_keeps_to_the_gpu(mode: str, flags: list[str], options: dict) -
         assert video.device == CUDA and video.shape == (1, 1, frames, s.data.size, s.data.size)
 
 
-@pytest.mark.parametrize("flags", [LATENTS, pytest.param(PIXELS, marks=slow)])
+@slow
+@pytest.mark.parametrize("flags", [LATENTS, PIXELS])
 def test_apples_gpu_gets_no_float64_and_no_bf16(flags: list[str]) -> None:
     s = read_settings(flags)
     with fake_gpu(MPS):

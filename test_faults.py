@@ -192,6 +192,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("main", [train.main, sample.main])
 def test_a_damaged_checkpoint_is_one_sentence_and_without_it_the_run_goes_on(
@@ -232,6 +233,7 @@ def test_another_architecture_is_refused_with_the_settings_that_differ(
     assert "holds another network: --dim 16 (was 8), --head_dim 16 (was 8); resume without" in line
 
 
+@pytest.mark.slow
 def test_other_settings_than_before_are_listed_when_a_run_goes_on(copy: Path, monkeypatch: MonkeyPatch,
                                                                   capsys: CaptureFixture) -> None:
     program(monkeypatch, ["--resume", copy, "--steps", 5, "--lr", 0.002])
@@ -301,7 +303,10 @@ def test_what_was_trained_on_cuda_is_loaded_on_the_cpu(monkeypatch: MonkeyPatch,
 # ---- arithmetic and hardware -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", ["nan loss", "infinite loss", "infinite gradient"])
+@pytest.mark.parametrize("wrong", [
+    "nan loss",
+    pytest.param("infinite loss", marks=pytest.mark.slow),
+    pytest.param("infinite gradient", marks=pytest.mark.slow)])
 def test_what_is_not_finite_stops_before_the_step_and_names_it(
         wrong: str, monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
     honest, calls = train.loss, itertools.count()
@@ -396,7 +401,8 @@ def mortal(tmp_path: Path) -> None:
     (tmp_path / "closed").rmdir() if touch.returncode else pytest.skip("root may write everywhere here")
 
 
-@pytest.mark.parametrize("out", ["unwritable/run", pytest.param("unwritable", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["unwritable/run", "unwritable"])
 def test_an_output_folder_that_cannot_be_written_is_refused_before_training(out: str, mortal: None,
                                                                             tmp_path: Path) -> None:
     (tmp_path / "unwritable").mkdir(mode=0o555)
@@ -407,6 +413,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_training(out:
     assert done.returncode == 2 and str(tmp_path / "unwritable") in line and files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_and_is_free_once_its_process_is_dead(
         spawn: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
     folder = tmp_path / "run"
@@ -449,8 +456,8 @@ def test_when_one_of_two_ranks_dies_the_other_ends_soon_and_the_run_goes_on(tmp_
     assert fitted(["--resume", folder, "--steps", step + 2], folder)["step"] == step + 2
 
 
-@pytest.mark.parametrize("words", [["train.py", "--help"],
-                                   pytest.param(["sample.py", "--steps", 2], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["train.py", "--help"], ["sample.py", "--steps", 2]])
 def test_a_reader_that_has_enough_ends_a_program_quietly(words: list, run: Path, tmp_path: Path) -> None:
     if words[0] == "sample.py":
         words = [*words, "--checkpoint", run, "--out", tmp_path]
@@ -531,6 +538,7 @@ def hostile_folder(folder: Path) -> list[str]:
     return ["one frame.gif", "zero frames.gif", "truncated.gif", "pickled.npy", "bomb.gif"]
 
 
+@pytest.mark.slow
 def test_hostile_videos_are_named_once_and_the_others_are_trained_on(
         tmp_path: Path, capsys: CaptureFixture, monkeypatch: MonkeyPatch) -> None:
     bad = hostile_folder(tmp_path / "clips")
@@ -541,6 +549,7 @@ def test_hostile_videos_are_named_once_and_the_others_are_trained_on(
     assert not (tmp_path / "clips" / "harm").exists() and report[0].startswith(f"skipped {len(bad)} of ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "   ", "word " * 5000, "é|", "a\nb\t3"])
 def test_any_caption_is_trained_on_and_drawn_from(text: str, run: Path, tmp_path: Path,
                                                   monkeypatch: MonkeyPatch) -> None:

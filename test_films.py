@@ -268,6 +268,7 @@ def test_uncommon_films_are_read(tmp_path, name, options):
     assert numbers(decode(path, 32, 3)) == [i // 2 * 2 for i in range(1 if name == "one.mp4" else 8)]
 
 
+@pytest.mark.slow
 def test_a_film_of_8k_is_read(tmp_path):
     path = film(tmp_path / "8k.mp4", 3, size=(7680, 4320), picture=bars, preset="ultrafast")
     left = decode(path, 32, 3)[:, :, 16, 0].float().mean(0)  # where the crop shows bar 1

@@ -290,7 +290,7 @@ def infill_errors(w_r: float, delta: float) -> tuple[float, float]:
     return float(torch.stack(squares).mean().sqrt()), float(cov_error)
 
 
-@pytest.mark.parametrize("delta", [0.0, 0.1])
+@pytest.mark.parametrize("delta", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_reconstruction_guidance_halves_the_errors_of_the_replacement_method(delta: float):
     replaced_mean, replaced_cov = infill_errors(0.0, delta)
     guided_mean, guided_cov = infill_errors(2.0, delta)

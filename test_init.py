@@ -40,6 +40,7 @@ def test_a_run_begins_with_the_averaged_weights_and_the_network_of_another(slow,
         assert all(torch.equal(value, old["ema"][name]) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_what_was_begun_with_is_not_needed_to_resume(slow, tmp_path):
     moved = tmp_path / "moved.pt"
     checkpoint.publish(slow, moved)

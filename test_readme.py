@@ -193,6 +193,7 @@ GUIDE = (HERE / "GUIDE.md").read_text()
 EXCERPTS = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
 
 
+@pytest.mark.slow
 def test_the_whole_in_ten_lines_runs():
     whole, *_ = EXCERPTS
     assert len([line for line in whole.splitlines() if line and "import" not in line]) <= 10
@@ -203,6 +204,7 @@ SQUARES, = [text for text in EXCERPTS if "SOURCES" in text]
 SHOWN = [text for text in EXCERPTS[1:] if text != SQUARES]
 
 
+@pytest.mark.slow
 def test_the_data_set_in_ten_lines_trains(tmp_path, monkeypatch):
     assert len(SQUARES.splitlines()) == 10
     monkeypatch.setattr(data, "SOURCES", dict(data.SOURCES))

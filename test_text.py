@@ -82,6 +82,7 @@ def test_any_caption_has_an_embedding(caption):
     assert out.isfinite().all() and used(out) >= 1
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_makes_the_same_embedding():
     code = ("from text import TextConfig, embed\n"
             "print(embed(['Three moves, left \u00e9'], TextConfig(cond_dim=12, tokens=6)).double().tolist())")

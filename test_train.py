@@ -313,6 +313,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(monke
     assert not state.optimizer.state and state.step == 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_gradient_is_not_finite_can_be_resumed(
         monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
     honest = train.loss
@@ -328,6 +329,7 @@ def test_a_run_whose_gradient_is_not_finite_can_be_resumed(
     assert checkpoint.load(checkpoint.newest(tmp_path / "run"))["step"] == 4
 
 
+@pytest.mark.slow
 def test_fp16_skips_a_step_whose_gradient_overflows_counts_it_and_goes_on_as_it_was(
         monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     honest, calls = train.loss, itertools.count()
@@ -352,6 +354,7 @@ def test_fp16_skips_a_step_whose_gradient_overflows_counts_it_and_goes_on_as_it_
     assert same(learned(again), learned(whole)) and again["scaler"] == whole["scaler"]
 
 
+@pytest.mark.slow
 def test_fifty_gradients_in_a_row_that_are_not_finite_are_an_error_in_fp16(
         monkeypatch: MonkeyPatch, tmp_path: Path, capsys: CaptureFixture) -> None:
     monkeypatch.setattr(train, "loss", lambda network, *rest: network.entry.weight.sum() * math.inf)
@@ -599,6 +602,7 @@ def test_muon_turns_kernels_of_one_shape_together_as_it_turns_each_alone() -> No
         assert torch.allclose(layer.weight, other.weight, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_can_be_resumed(tmp_path: Path) -> None:
     flags = [*TINY, "--optimizer", "muon", "--save_every", 2, "--decay", "constant"]
     whole, _ = (fitted([*flags, "--steps", steps], tmp_path / str(steps)) for steps in (4, 2))
@@ -610,6 +614,7 @@ def test_a_run_with_muon_can_be_resumed(tmp_path: Path) -> None:
     assert any("momentum" in state for state in whole["optimizer"]["state"].values())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_whatever_the_order_in_memory_of_what_is_saved(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     whole_4 = fitted([*TINY, *"--steps 4 --decay constant --save_every 2".split()], folder)

@@ -64,6 +64,7 @@ def test_the_seconds_belong_to_the_function_that_took_them():
     assert min(seconds["long"]) >= 0.02 and list(seconds) == ["short", "long"]  # a sleep is never shorter
 
 
+@pytest.mark.slow
 def test_a_training_step_moves_weights_and_ema_and_a_call_moves_nothing(small):
     c = BenchConfig(size=16, batch_size=1)
     trainer = Trainer(bench.ours(c), c, CPU)
@@ -95,6 +96,7 @@ def test_rates_are_shown_as_the_median_with_the_extremes():
     assert bench.shown(6, [3.0, 1.0, 2.0]) == "3 [2, 6]"
 
 
+@pytest.mark.slow
 def test_the_table_of_networks_comes_out(with_peer, small, monkeypatch, capsys):
     program(monkeypatch, *"--size 16 --batch_size 1 --rounds 1 --precision float32 --device cpu".split())
     lines = capsys.readouterr().out.splitlines()
@@ -103,6 +105,7 @@ def test_the_table_of_networks_comes_out(with_peer, small, monkeypatch, capsys):
     assert {row.count("|") for row in rows} == {5}
 
 
+@pytest.mark.slow
 def test_the_table_of_data_comes_out(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "clip.npy", np.zeros((20, 16, 16, 3), np.uint8))
     program(monkeypatch, "--table", "data", "--data_dir", str(tmp_path), *"--size 16 --rounds 1".split())

@@ -65,6 +65,7 @@ def test_without_a_preset_all_are_printed(monkeypatch, capsys):
     assert [line.split(":")[0] for line in lines] == [name for name in PRESETS if name != "autoencoder"]
 
 
+@pytest.mark.slow
 def test_flags_of_training_change_what_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(cost, "memory", lambda *_: "")
     one, *_ = printed(monkeypatch, capsys, *TINY)
@@ -84,6 +85,7 @@ def test_live_bytes_are_counted_by_hand():
     assert (live.peak, live.now) == (8000, 2000) and c.shape == (500,)
 
 
+@pytest.mark.slow
 def test_the_peak_holds_what_training_keeps_and_grows_with_the_clips():
     s = read_settings(TINY)
     parameters, _ = cost.step_cost(s)

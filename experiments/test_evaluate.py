@@ -77,7 +77,7 @@ def judged(experiment: str, out: Path, said: str) -> None:
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
 
 
-LONG = ("samplers", "joint")
+LONG = ("samplers", "joint", "extend", "guidance")
 
 
 @pytest.mark.parametrize("experiment", [

@@ -20,6 +20,7 @@ def draw(monkeypatch, module, *words: str) -> None:
     module.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["block", "weights", "gamma"])
 def test_a_figure_is_a_picture(name: str, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("matplotlib")

@@ -50,6 +50,7 @@ def test_a_folder_without_clips_is_one_sentence(tmp_path, monkeypatch, capsys, n
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_packing_in_a_poor_terminal_writes_utf8_and_one_range_for_all_floats(tmp_path):
     (tmp_path / "in/a").mkdir(parents=True)
     np.save(tmp_path / "in/a/0.npy", np.full((4, 16, 16), 0.5, np.float32))
