@@ -69,7 +69,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except (OSError, MemoryError):
         raise
     except Exception:  # damaged files make torch.load raise nearly anything
-        raise ValueError(f"{path} is not a checkpoint of this project, or it is damaged; where older ones lie "
+        raise ValueError(f"{path} is no checkpoint of this project, or it is damaged; where older ones lie "
                          "beside it, delete it and the newest of them is used") from None
 
 

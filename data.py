@@ -50,7 +50,7 @@ class DataConfig:
 
     @property
     def rate(self) -> float:
-        """Frames a second at --frame_stride 1: digits have 8, and so have films without --fps by our count."""
+        """Frames a second at --frame_stride 1: 8 for digits, and by our count for films without --fps."""
         return self.fps or 8.0
 
 
@@ -232,8 +232,8 @@ def _straight(config, shape, room, rng):
 
 
 def _clamped(place, velocity, frames):
-    """As in the code of Srivastava et al.: in each frame, the first included, the digit makes a step, and if it
-    passes a wall it is put at the wall and turns.
+    """As in the code of Srivastava et al.: in each frame, the first included, a digit makes a step. One that
+    passes a wall is put at the wall and turns.
     """
     places = []
     for _ in range(frames):

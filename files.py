@@ -243,7 +243,9 @@ def save_video(x: Tensor, path: str | Path, known: Tensor | Sequence | None = No
     # One palette for all frames, or still parts flicker. It is exact up to 256 colours: grey without marks.
     tall = Image.fromarray(rearrange(grid, "f h w d -> (f h) w d")).quantize(256)
     _, height, width, _ = grid.shape
-    indexed = [tall.crop((0, y, width, y + height)) for y in range(0, tall.height, height)]
+    indexed = []
+    for top in range(0, tall.height, height):
+        indexed.append(tall.crop((0, top, width, top + height)))
     timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
     gif = _write(Path(f"{stem}.gif"), indexed, optimize=False, **timing)
     webp = _write(Path(f"{stem}.webp"), frames, lossless=True, **timing)

@@ -64,7 +64,7 @@ class SampleConfig:
         if self.sampler != "ancestral" and (self.delta or self.gamma):
             raise ValueError("--delta and --gamma belong to --sampler ancestral")
         if self.w and not self.text:
-            raise ValueError("--w guides towards a caption: it needs --text and a model trained with captions")
+            raise ValueError("--w guides to a caption: it needs --text and a model trained with captions")
         if self.fps and not self.text:
             raise ValueError("--fps is said after a caption: it needs --text")
         if self.method == "replacement" and self.mode in SMALL:
@@ -123,7 +123,8 @@ def show(given: Given, where: slice, x: Tensor) -> Given:
 
 def show_small(given: Given, stride: int, small: Tensor) -> Given:
     """given, with every stride-th frame seen as small (B, C, n, H / scale, W / scale)."""
-    given.low = torch.zeros(*small.shape[:2], len(given.known), *small.shape[3:], device=given.x.device)
+    b, c, _, h, w = small.shape
+    given.low = torch.zeros(b, c, len(given.known), h, w, device=given.x.device)
     given.low[:, :, ::stride] = small.to(given.x.device)
     given.low_known = torch.zeros_like(given.known)
     given.low_known[::stride] = True
@@ -311,11 +312,10 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
     z = noise_like(given.x, noise)
     if model.coder.bounded:  # pixels; latents have no bounds
         denoise = clipped(denoise)
-    if s.sampler == "ddim":
-        return ddim(denoise, z, logsnrs, constrain)
-    if s.sampler == "dpm_solver":
-        return dpm_solver(denoise, z, logsnrs, constrain)
-    return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
+    if s.sampler == "ancestral":
+        return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
+    deterministic = {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler]
+    return deterministic(denoise, z, logsnrs, constrain)
 
 
 def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:

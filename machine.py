@@ -63,7 +63,7 @@ class Machine:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of --device: "auto" is CUDA or Apple's GPU where it can be used; each of torchrun's processes
+    """The device of --device: "auto" is CUDA or Apple's GPU where it can be used; each process of torchrun
     has a GPU of its own. Raises ValueError if it cannot be used.
     """
     kind, _, index = name.partition(":")

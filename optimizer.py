@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 class Muon(torch.optim.AdamW):
     """AdamW, but matrices and kernels of 8 x 8 and more step along their orthogonalised momentum (Jordan et
-    al. 2024), half as long as lr in root mean square. torch.optim.Muon takes no kernels, and computes in bf16.
+    al. 2024), half as long as lr in root mean square. torch.optim.Muon takes no kernels, and is in bf16.
     """
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -43,7 +43,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrices (..., m, n) with their singular values brought near 1, by five Newton-Schulz iterations."""
+    """The matrices (..., m, n) with singular values near 1, by five Newton-Schulz iterations."""
     x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     rows, columns = x.shape[-2:]
     if rows > columns:

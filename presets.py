@@ -9,23 +9,25 @@ Flags = dict[str, Any]
 # ---- ours: one recipe, in the latents of frames; cpu for two CPU cores, cuda for one GPU ----------------
 
 CPU: Flags = dict(
-    # data: one digit, seen as latents
+    # data: one digit, seen as latents, with captions that are dropped in half of the clips
     size=32, digits=1, num_images=4, latent="pretrained/autoencoder_32_8.pt",
+    cond_dim=64, cond_dropout=0.5, short_captions=0.3,
     # network
     dim=40, dim_mults=(1, 2, 4), blocks=2, attention_resolutions=(2, 4), head_dim=32,
-    emb_dim=256, emb_layers=2, cond_dim=0, scale_shift=True,
+    emb_dim=128, emb_layers=2, scale_shift=True,
     # process and training
-    noise_shift=3.0, frame_noise=0.5, optimizer="muon", lr=1.6e-3, warmup=100, decay="cosine",
-    batch_size=16, ema=0.999, steps=4_000)
+    noise_shift=3.0, frame_noise=0.5, optimizer="muon", lr=1.6e-3, warmup=100, decay="linear",
+    batch_size=16, ema=0.999, steps=7_000, precision="float32")  # on two cores faster than bf16: layers are small
 
 CUDA: Flags = CPU | dict(
     size=64, digits=2, latent="pretrained/autoencoder_64.pt",
     dim=128, attention_resolutions=(2, 4, 8), head_dim=64, emb_dim=512,
-    batch_size=32, ema=0.9995, warmup=500, steps=40_000)
+    batch_size=32, ema=0.9995, warmup=500, steps=40_000, precision="auto")
 
 # ---- ours: the same network without latents --------------------------------------------------------------
 
-FILMS: Flags = CPU | dict(latent="", patch=2, attention_resolutions=(4, 8))  # for your own clips on a CPU
+FILMS: Flags = CPU | dict(  # for your own clips on a CPU
+    latent="", patch=2, attention_resolutions=(4, 8), steps=4_000, precision="auto")
 
 PIXELS: Flags = dict(  # the paper's own way, Adam and a constant rate, at the size of Moving MNIST: one GPU
     size=64, digits=2, num_images=4,
@@ -59,8 +61,9 @@ TEXT: Flags = PAPER | dict(encoder="bert", cond_dim=1024, tokens=64)
 TEXT_SMALL: Flags = TEXT | dict(dim=128, steps=200_000)
 TEXT_LARGE: Flags = TEXT | dict(steps=700_000)
 TEXT_9X128: Flags = TEXT | dict(
-    frames=9, size=128, num_images=7, dim=128, dim_mults=(1, 2, 4, 8, 16), head_dim=128, lr=2e-4,
-    steps=800_000)
+    frames=9, size=128, num_images=7,
+    dim=128, dim_mults=(1, 2, 4, 8, 16), head_dim=128,
+    lr=2e-4, steps=800_000)
 
 PRESETS: dict[str, Flags] = {
     "cpu": CPU,
@@ -93,7 +96,7 @@ SMALL_FRAMES: Flags = dict(steps=33, delta=0.6, w_t=0.0, w_r=1.5, w_r_power=-0.5
 DIGITS: dict[str, Flags] = {
     "all": dict(steps=50, w_t=1.0, w_t_from=-3.0, w_r=3.0),
     "generate": dict(delta=0.3),
-    "extend": dict(steps=22),
+    "predict": dict(w_r=10.0),
     "super_resolve": SMALL_FRAMES,
     "cascade": SMALL_FRAMES}
 

@@ -10,7 +10,7 @@ from data import batches
 from diffusion import denoiser, noise_like, schedule
 from files import save_video
 from machine import Machine
-from sampling import dpm_solver
+from sampling import sample
 from settings import Settings
 from state import State
 from text import condition
@@ -80,7 +80,8 @@ def drawn(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Te
     """What the network draws for each caption, shaped like x, pixels or latents."""
     network = state.ema.eval()
     denoise = denoiser(network, s.diffusion, condition(captions, s.text, x.device))
-    z = noise_like(x, torch.Generator().manual_seed(s.train.seed))  # always the same
+    generator = torch.Generator().manual_seed(s.train.seed)  # always the same noise
+    z = noise_like(x, generator)
     logsnrs = schedule(torch.linspace(1, 0, 26), s.diffusion)
 
     def bounded(z: Tensor, logsnr: Tensor) -> Tensor:
@@ -88,4 +89,4 @@ def drawn(state: State, x: Tensor, captions: list[list[str]], s: Settings) -> Te
         if state.coder.bounded:
             x_hat = x_hat.clamp(-1, 1)
         return x_hat
-    return dpm_solver(bounded, z, logsnrs)
+    return sample(bounded, z, logsnrs, generator=generator)

@@ -162,7 +162,8 @@ def choose_checkpoint(path: str, text: str = "") -> tuple[Path, str]:
     reason = "shipped weights"
     if early:
         file = checkpoint.newest(*early)
-        reason += f", since {file.parent} has not done half of its --steps: --checkpoint {file.parent} takes it"
+        young = file.parent
+        reason += f", since {young} has not done half of its --steps: --checkpoint {young} takes it"
     return shipped[0], reason
 
 
@@ -198,7 +199,7 @@ def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
     method = given.get("method", chosen.get("method"))
     if mode in ("predict", "extend") and directed(model) and method != "replacement":
         if given.get("w_r"):
-            raise ValueError(f"--w_r steers no frame that --mode {mode} draws here: give --method replacement")
+            raise ValueError(f"--w_r steers nothing that --mode {mode} draws here: give --method replacement")
         chosen["w_r"] = 0.0
     for name, value in forced(chosen, given).items():
         print(f"{name} {config.show(chosen[name])} → {config.show(value)}, which goes with your flags")

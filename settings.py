@@ -28,7 +28,7 @@ class TrainConfig:
     batch_size: int = 4  # [1, 65536] clips in a micro-batch, on each process
     accumulate: int = 1  # [1, 65536] micro-batches in an optimizer step, on each process
     lr: float = 1e-3  # (0, 1] learning rate after warm-up
-    optimizer: Literal["adam", "muon"] = "adam"  # the paper's Adam; muon learns faster by the clip, see GUIDE.md
+    optimizer: Literal["adam", "muon"] = "adam"  # adam is the paper's; muon learns faster, see GUIDE.md
     beta2: float = 0.99  # (0, 1) Adam's second decay rate; the first is 0.9
     weight_decay: float = 0.0  # [0, 1] decoupled weight decay
     warmup: int = 150  # [0, 1000000] optimizer steps from learning rate 0 to --lr
@@ -40,7 +40,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"  # auto: the fastest that the hardware has
     threads: int = 0  # [0, 1024] CPU threads; 0 leaves PyTorch's choice
-    workers: int = -1  # [-1, 256] more processes that make clips; -1: half of the cores for films, 1 for a GPU
+    workers: int = -1  # [-1, 256] more processes that make clips; -1: half the cores for films, 1 for a GPU
     shard: bool = False  # with torchrun: each process holds a part of weights, EMA and Adam's state (FSDP2)
     compile: bool = False  # torch.compile the network: minutes of waiting, then faster, on a GPU
     out: str = ""  # folder of the run; by default runs/<dataset>-<date>
@@ -91,7 +91,7 @@ class Settings:
 
 
 def read_settings(argv: list[str] | None = None) -> Settings:
-    """The settings: flags given by hand, else those of the run that is resumed or begun with, or whose latents
+    """The settings: flags given by hand, else those of the run that is resumed, begun with, or whose latents
     are diffused, else the preset's for the hardware. Bad ones end the program with one sentence.
     """
     before = {}  # what the run goes on from: filled while flags are parsed, kept in Settings
@@ -125,8 +125,8 @@ def suitable_preset(given: dict[str, Any]) -> str:
 
 
 def fitting(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """How a preset divides its clips of a step so that they fit on the GPU; {} where flags by hand say it, on a
-    CPU, and under torchrun, whose processes must agree.
+    """How a preset divides its clips of a step so that they fit on the GPU; {} where flags say it, on a CPU,
+    and under torchrun, whose processes must agree.
     """
     device = find_device(given.get("device", "auto"))
     by_hand = "batch_size" in given or "accumulate" in given

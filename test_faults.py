@@ -221,7 +221,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
     harm, newest = copy / "harm", checkpoint.newest(copy)
     torch.save({"content": {"settings": Harm(harm), "optimizer": 1, "step": 1}, "sha256": ""}, newest)
     flag = "--resume" if main is train.main else "--checkpoint"
-    assert "is not a checkpoint" in refusal(main, [flag, copy, "--device", "cpu"], monkeypatch, capsys)
+    assert "is no checkpoint" in refusal(main, [flag, copy, "--device", "cpu"], monkeypatch, capsys)
     assert not harm.exists()
     torch.load(newest, weights_only=False)
     assert harm.exists()  # it would have

@@ -425,7 +425,7 @@ def test_reconstruction_cannot_reach_frames_that_no_given_one_sees_and_says_so(r
     monkeypatch.setattr("sys.argv", flags)
     with pytest.raises(SystemExit):
         config.run(sample.main)
-    assert "--w_r steers no frame that --mode predict draws" in capsys.readouterr().err
+    assert "--w_r steers nothing that --mode predict draws" in capsys.readouterr().err
     model = infill.load_model(checkpoint.newest(run), CPU.device)
     sample.predict(model, infill.SampleConfig(mode="predict", w_r=5.0, method="replacement"))  # as it says
     for parameter in model.network.parameters():

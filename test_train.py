@@ -49,7 +49,7 @@ TINY = ("--preset cpu --latent= --optimizer adam --frame_noise 0 --lr 0.001 "
         "--num_images 1 --digits 1 --dim 8 --dim_mults 1,2 --blocks 1 --head_dim 8 --emb_dim 16 "
         "--emb_layers 1 --patch 1 --attention_resolutions 8 --cond_dim 8 --tokens 8 --batch_size 2").split()
 # everything random in one run: dropout, image frames, dropped captions, two micro-batches in a step
-RUN = [*TINY, *("--steps 6 --accumulate 2 --dropout 0.2 --cond_dropout 0.5 --ema 0.3 --warmup 3 --lr 0.01 "
+RUN = [*TINY, *("--steps 6 --accumulate 2 --dropout 0.2 --cond_dropout 0.5 --ema 0.3 --warmup 3 --lr 0.01 --decay cosine "
                 "--save_every 2 --log_every 2 --preview_every 4").split()]
 
 
@@ -850,7 +850,7 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "empty data_dir": (lambda folder: ["--dataset", "video_folder", "--data_dir", folder], "no usable clip"),
     "clips too short": (short_clip, "3 frames, 4 needed"),
     "nothing to resume": (["--resume", "nowhere"], "nowhere"),
-    "resume from garbage": (garbage, "is not a checkpoint of this project"),
+    "resume from garbage": (garbage, "is no checkpoint of this project"),
     "resume from a foreign checkpoint": (foreign, "checkpoint_00000002.pt"),
     "out holds a run": (occupied, "holds a run already"),
     "out is a file": (a_file, "file"),

@@ -157,7 +157,8 @@ def finish(state: State, s: Settings, stop: list[int], failed: bool, machine: Ma
         what = f"the gradient of step {state.step + 1} is not finite and was not applied"
         if state.scaler.is_enabled():
             what = "fifty gradients in a row were not finite and not applied"
-        raise ValueError(f"{what}; step {state.step} is saved: {go_on} with a lower --lr or --precision float32")
+        remedy = f"{go_on} with a lower --lr or --precision float32"
+        raise ValueError(f"{what}; step {state.step} is saved: {remedy}")
     if state.step % s.train.preview_every:
         preview(state, s, machine)
     if machine.rank > 0:
@@ -198,7 +199,7 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
         s.train.out = f"runs/{s.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, before = Path(s.train.out), Path(s.train.resume)
     if s.train.shard and machine.world == 1:
-        raise ValueError("--shard splits a model over processes, and there is one: start several with torchrun")
+        raise ValueError("--shard splits a model over processes: start several with torchrun")
     if machine.rank == 0:
         next(batches(s.data, 1, s.train.seed))  # unusable data end here, before there is a folder
     machine.any(False)  # all others wait for what the first notes down of the clips
@@ -225,7 +226,8 @@ def announce(s: Settings, machine: Machine) -> None:
     clips = s.train.batch_size * s.train.accumulate * machine.world
     print(f"preset {s.train.preset} ({reason}) on {machine}, {clips} clips a step, into {s.train.out}")
     if machine.device.type == "cuda":
-        print(f"{s.train.batch_size} clips at a time, {'with' if s.unet.checkpointing else 'without'} --checkpointing")
+        how = "with" if s.unet.checkpointing else "without"
+        print(f"{s.train.batch_size} clips at a time, {how} --checkpointing")
     if s.train.latent:
         print(f"in the latents of {s.train.latent}")
     if s.train.resume and s.changes():

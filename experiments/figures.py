@@ -21,29 +21,39 @@ from diffusion import Denoiser, alpha_sigma, cosine_logsnr, denoiser, diffuse, n
 from experiments.features import load_features, observe
 from experiments.lab import HERE
 from experiments.panels import BLUE, GREY, ORANGE, image, matrix, panels, save, strip, strips
-from guidance import classifier_free, clipped, reconstruction_guided, replacement
+from guidance import classifier_free, reconstruction_guided, replacement
 from infill import Model, SampleConfig, fill, load_model, nothing, show_small, smaller
 from sampling import langevin, sample
 from text import embed
 from unet3d import TemporalMix, isolate
 
-PIXELS, UNCAPTIONED = "moving_mnist_32", "uncaptioned_32"
+SHIPPED, UNCAPTIONED = "moving_mnist_32", "uncaptioned_32"
 DIGIT = "a 9"  # of the clip that is looked at
 
 # ---- what is looked at -----------------------------------------------------------------------------------
 
 
 @cache
-def model(name: str) -> Model:
+def model(name: str = SHIPPED) -> Model:
     """Shipped weights, on the CPU."""
     return load_model(HERE / f"pretrained/{name}.pt", torch.device("cpu"))
 
 
 def real(num_images: int = 0) -> Tensor:
     """A test clip (1, 1, 16 + num_images, 32, 32) in [-1, 1]."""
-    data = replace(model(PIXELS).data, split="test", num_images=num_images)
+    data = replace(model().data, split="test", num_images=num_images)
     x, _ = next(batches(data, 1, 3))
     return x
+
+
+def latents(num_images: int = 0) -> Tensor:
+    """The same clip as the network knows it."""
+    return model().latents(real(num_images))
+
+
+def decoded(z: Tensor) -> Tensor:
+    """A clip of latents (B, 16, F, 4, 4) to look at."""
+    return model().coder.video(z)
 
 
 def seeded() -> torch.Generator:
@@ -57,17 +67,17 @@ def noised(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     return diffuse(x, logsnr, noise_like(x, seeded())), logsnr
 
 
-def unguided(name: str) -> Denoiser:
+def unguided(name: str = SHIPPED) -> Denoiser:
     """The denoiser of shipped weights without a caption."""
     return denoiser(model(name).network, model(name).diffusion)
 
 
 def captioned(text: str, w: float = 0.0) -> Denoiser:
-    """The pixel model's denoiser for a caption, guided with weight w."""
-    m = model(PIXELS)
+    """The denoiser for a caption, guided with weight w."""
+    m = model()
     cond = embed([text], m.text)
     conditional = denoiser(m.network, m.diffusion, cond)
-    return classifier_free(conditional, unguided(PIXELS), w)
+    return classifier_free(conditional, unguided(), w)
 
 
 def watched(denoise: Denoiser, seen: list[tuple[Tensor, Tensor]]) -> Denoiser:
@@ -80,13 +90,13 @@ def watched(denoise: Denoiser, seen: list[tuple[Tensor, Tensor]]) -> Denoiser:
 
 
 def frame_8(clips: list[Tensor]) -> Tensor:
-    """The middle frame of each clip, as a clip (1, F, H, W)."""
-    return torch.cat(clips)[:, :, 8].transpose(0, 1)
+    """The middle frame of each clip of latents, decoded, as a clip (1, F, H, W)."""
+    return decoded(torch.cat(clips))[:, :, 8].transpose(0, 1)
 
 
 def levels(steps: int, shift: float = 3.0) -> Tensor:
     """The log-SNRs of a sampler, from noise to data."""
-    process = replace(model(PIXELS).diffusion, noise_shift=shift)
+    process = replace(model().diffusion, noise_shift=shift)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return schedule(times, process).float()
 
@@ -133,11 +143,11 @@ def drawn(name: str, **flags: Any) -> Tensor:
 
 
 def attention(x: Tensor, level: float, num_images: int = 0) -> tuple[Tensor, TemporalMix]:
-    """Which frame looks at which (F, F) in the pixel model's middle layer over time, the mean over places and
+    """Which frame looks at which (F, F) in the network's middle layer over time, the mean over places and
     heads, and a copy of that layer without its table of values: it is asked for the mean of values that say
     their frame.
     """
-    network = model(PIXELS).network
+    network = model().network
     mixes = [part for part in network.modules() if isinstance(part, TemporalMix)]
     mix = mixes[len(mixes) // 2]
     given = []
@@ -178,33 +188,34 @@ def noise(steps: int) -> Any:
 
 def belief(steps: int) -> Any:
     """What the model believes of one frame at eight log-SNRs."""
-    x = real()
+    x = latents()
     believed = (-10.0, -7.0, -5.0, -4.0, -3.0, -2.0, 0.0, 3.0)
     noisy, plain, named = [], [], []
     for level in believed:
         z, logsnr = noised(x, level)
         noisy.append(z)
-        plain.append(unguided(PIXELS)(z, logsnr))
+        plain.append(unguided()(z, logsnr))
         named.append(captioned(DIGIT)(z, logsnr))
     rows = {
-        "z": frame_8(noisy),
+        "z, decoded": frame_8(noisy),
         "x̂, no caption": frame_8(plain),
         f"x̂, “{DIGIT}”": frame_8(named)}
     figure, axes = strips(rows, width=7)
     names = [f"λ = {level:g}" for level in believed]
-    axes["z"].set_xticks(17 + 34 * np.arange(8), names)
-    axes["z"].xaxis.tick_top()
+    top = axes["z, decoded"]
+    top.set_xticks(17 + 34 * np.arange(8), names)
+    top.xaxis.tick_top()
     return figure
 
 
 def gamma(steps: int) -> Any:
     """z and x_hat of one frame along eight steps, by gamma, from one seed."""
-    x = real()
+    x = latents()
     shown = np.linspace(0, steps - 1, 8).round().astype(int)
     rows = {}
     for value in (0.0, 0.3, 1.0):
         g, seen = seeded(), []
-        denoise = watched(clipped(captioned("a 3", 1.0)), seen)
+        denoise = watched(captioned("a 3", 1.0), seen)
         z = noise_like(x, g)
         sample(denoise, z, levels(steps), value, generator=g)
         rows[f"γ = {value:g}: z"] = frame_8([seen[i][0] for i in shown])
@@ -218,12 +229,12 @@ def corrector(steps: int) -> Any:
     x = real()
     denoise = captioned(DIGIT, 1.0)
     x[:, :, 8] = -1
-    z, logsnr = noised(x, 0.0)
+    z, logsnr = noised(model().latents(x), 0.0)
     g = torch.Generator().manual_seed(1)  # not the noise that is in z
     rows = {}
     for i in range(41):
         if i in (0, 1, 10, 40):
-            rows[f"x̂ after {i}"] = denoise(z, logsnr)[0, :, 4:13]
+            rows[f"x̂ after {i}"] = decoded(denoise(z, logsnr))[0, :, 4:13]
         z = langevin(denoise, z, logsnr, 0.3, g)
     figure, _ = strips(rows, width=7)
     return figure
@@ -234,7 +245,7 @@ def weights(steps: int) -> Any:
     rows = {}
     text = "a 7 moving left"
     for w in (0.0, 1.0, 2.0, 4.0):
-        rows[f"w = {w:g}"] = drawn(PIXELS, w=w, text=text, steps=steps)
+        rows[f"w = {w:g}"] = drawn(SHIPPED, w=w, text=text, steps=steps)
     figure, _ = strips(rows)
     return figure
 
@@ -244,7 +255,7 @@ def weights(steps: int) -> Any:
 
 def block(steps: int) -> Any:
     """A trained map of frame against frame; Shaw's table of the same layer."""
-    seen, mix = attention(real(), -3.0)
+    seen, mix = attention(latents(), -3.0)
     figure, axes = panels([["map", "table"]], (8, 3.2))
     matrix(axes["map"], seen, "attention over time at λ = −3", cmap="magma")
     extent = -15.5, 15.5, 0, 32
@@ -268,7 +279,7 @@ def mask(steps: int) -> Any:
     figure, axes = strips(rows, (), ["may", "does"], 3.4, 7)
     may = isolate(20, 4, torch.device("cpu"))
     matrix(axes["may"], may, "16 frames, 4 images; white: may", cmap="gray")
-    does, _ = attention(real(num_images=4), -3.0, 4)
+    does, _ = attention(latents(4), -3.0, 4)
     matrix(axes["does"], does, "attention of trained weights", cmap="magma", vmax=0.3)
     for name in ("may", "does"):
         axes[name].axhline(15.5, color=ORANGE)
@@ -280,15 +291,14 @@ def mask(steps: int) -> Any:
 
 
 def conditional(steps: int) -> Any:
-    """Six given frames continued by replacement and by reconstruction guidance, in latents, uncaptioned; and
+    """Six given frames continued by replacement and by reconstruction guidance, without a caption; and
     two Gaussian frames, whose exact answer is known.
     """
-    x = real()
     coder = model(UNCAPTIONED).coder
+    x = real()
     rows = {"truth": x[0]}
-    latents = coder.latents(x)
     for w_r in (0.0, 3.0, 10.0, 20.0):
-        z = continued(unguided(UNCAPTIONED), latents, 6, w_r, levels(steps), 0.3)
+        z = continued(unguided(UNCAPTIONED), coder.latents(x), 6, w_r, levels(steps), 0.3)
         rows[method(w_r)] = coder.video(z)[0]
     figure, axes = strips(rows, range(6), ["two frames"], 2.5)
     axis = axes["two frames"]
@@ -314,28 +324,30 @@ def method(w_r: float) -> str:
 
 
 def gradient(steps: int) -> Any:
-    """The gradient of the residual on the first eight frames with respect to z, at three log-SNRs."""
-    x = real()
+    """How strong the gradient of the residual on the first eight frames is, in each cell of z, at three
+    log-SNRs.
+    """
+    x = latents()
     layout = [["x"], ["λ = -1"], ["λ = -3"], ["λ = -5"]]
     figure, axes = panels(layout, (9, 4 * 9 / 16 + 0.3))
-    strip(axes.pop("x"), x[0], "x", range(8))
+    strip(axes.pop("x"), real()[0], "x", range(8))
     for name, axis in axes.items():
         z, logsnr = noised(x, float(name[4:]))
         z.requires_grad_()
-        wrong = x - unguided(PIXELS)(z, logsnr)
+        wrong = x - unguided()(z, logsnr)
         error = wrong[:, :, :8].square().sum()
         grad, = torch.autograd.grad(error, z)
-        framed = nnf.pad(grad[0, 0], (1, 1, 1, 1))
+        strength = grad[0].norm(dim=0)
+        framed = nnf.pad(strength, (1, 1, 1, 1))
         row = rearrange(framed, "f h w -> h (f w)")
-        top = row.abs().quantile(0.999)
-        image(axis, row, name, cmap="RdBu", vmin=-top, vmax=top)
+        image(axis, row, name, cmap="magma")
     return figure
 
 
 def space(steps: int) -> Any:
     """Super-resolution with w_r too small, right and too large."""
     x = real()
-    m = model(PIXELS)
+    m = model()
     small = smaller(x, 4)
     large = nnf.interpolate(small, scale_factor=(1, 4, 4))
     rows = {"truth": x[0], "given": large[0]}

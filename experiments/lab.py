@@ -40,7 +40,6 @@ class EvaluateConfig:
     w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside the weight of reconstruction guidance
     frames: int = 64  # [17, 1000] extend: frames of the result
-    w: float = 1.0  # [0, 100] extend, joint: weight of classifier-free guidance
     only: str = ""  # a regular expression: arms in whose name it is found; by default all
     samples: int = 10  # [1, 1000] benchmark: what is drawn of each clip
     test_file: str = ""  # benchmark: the public mnist_test_seq.npy; by default clips of the same kind are made
@@ -108,12 +107,6 @@ class Lab:
             with self.machine.autocast():
                 parts.append(infill.fill(self.model, s, known(s, which)))
         return torch.cat(parts).float().cpu()
-
-    def said(self, texts: list[str]) -> dict[str, Any]:
-        """Flags for captions, with --w; none for a model without."""
-        if self.model.text.cond_dim:
-            return dict(texts=texts, w=self.c.w)
-        return {}
 
     def steps(self) -> dict[str, Any]:
         """Flags for --calls network calls, every second one of them the corrector's if --delta is given."""

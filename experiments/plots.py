@@ -11,6 +11,7 @@ import numpy as np
 
 import config
 import progress
+from experiments.evaluate import CALLS
 from experiments.lab import HERE
 from experiments.panels import panels, save
 
@@ -35,23 +36,15 @@ def line(axis: Any, arms: dict[float, Runs], column: str, label: str) -> None:
 
 def calls() -> Any:
     """Tables 2 and 3: how near drawn frames and clips are to real ones, by calls of each sampler."""
-    few, many = raw("samplers"), raw("calls256/samplers")
-    lines = {
-        "ancestral": {
-            32: few["ancestral, 32 steps"],
-            256: many["ancestral, 256 steps"]},
-        "predictor-corrector": {
-            32: few["predictor-corrector, 16 steps"],
-            256: many["predictor-corrector, 128 steps"]}}
-    for sampler in ("ddim", "dpm_solver"):
-        lines[sampler] = {}
-        for steps in (10, 25, 50, 100):
-            lines[sampler][steps] = few[f"{sampler}, {steps} steps"]
+    arms = raw("samplers")
+    lines = {}
+    for sampler in ("ancestral", "predictor-corrector", "ddim", "dpm_solver"):
+        lines[sampler] = {calls: arms[f"{sampler}, {calls} calls"] for calls in CALLS}
     figure, axes = panels([["frechet_frame", "frechet_clip"]], (8, 2.8))
     for name, axis in axes.items():
-        for sampler, arms in lines.items():
-            line(axis, arms, name, sampler)
-        floor = [run[name] for run in few["real clips (floor)"]]
+        for sampler, by_calls in lines.items():
+            line(axis, by_calls, name, sampler)
+        floor = [run[name] for run in arms["real clips (floor)"]]
         axis.axhline(np.mean(floor), color="k", ls="--", lw=1, label="real clips")
         axis.set(
             xscale="log",
@@ -65,9 +58,9 @@ def exchange() -> Any:
     """Whether a network uses the other frames for the shape of a digit, by log-SNR; 1: it does not."""
     figure, axes = panels([["ratio"]], (5, 2.8))
     folders = {
-        "pixels, captions": ".",
-        "MagicVideo, captions": "magicvideo",
-        "latents, no captions": "uncaptioned"}
+        "8x8 latents, no captions": "uncaptioned",
+        "4x4 latents": ".",
+        "MagicVideo": "magicvideo"}
     for name, folder in folders.items():
         runs = raw(f"{folder}/exchange")["the model"]
         arms = {}

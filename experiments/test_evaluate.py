@@ -24,7 +24,6 @@ from experiments import lab as lab_module
 from experiments.ablations import small_model
 from experiments.evaluate import table
 from experiments.lab import EvaluateConfig, open_lab
-from text import TextConfig
 from test_init import TINY
 from test_train import fitted, program
 
@@ -87,6 +86,7 @@ def test_every_experiment_runs_and_writes_its_table(experiment, run, tmp_path, m
     monkeypatch.setattr(sample, "decide", lambda model, given: decide(model, given) | {"steps": 2})
     monkeypatch.setattr(ablations, "RECIPE", ablations.RECIPE | dict(
         dim=8, head_dim=8, emb_dim=16, emb_layers=1, dim_mults="1,2", attention_resolutions="4", batch_size=2))
+    monkeypatch.setattr(evaluate, "CALLS", (2, 4))
     few(monkeypatch, experiment, tmp_path, *run)
     judged(experiment, tmp_path, capsys.readouterr().out)
 
@@ -159,14 +159,16 @@ def test_what_is_drawn_knows_the_true_frames(lab, monkeypatch):
     monkeypatch.setattr(infill, "fill", lambda model, s, given: given.x * given.known[:, None, None])
     x = lab.real(0)[0]
     drawn = lab.draw(0, evaluate.known(lab, x, slice(0, 5)))
-    assert torch.equal(drawn[:, :, :5], x[:, :, :5]) and not drawn[:, :, 5:].any()
+    with lab.machine.autocast():
+        latents = lab.model.latents(x[:, :, :5])
+    assert torch.allclose(drawn[:, :, :5], latents, atol=0.05) and not drawn[:, :, 5:].any()
 
 
 def test_known_frames_are_given_to_a_network_as_it_knows_them(lab):
-    lab.model = dataclasses.replace(lab.model, coder=SimpleNamespace(latents=lambda x: x + 1))
+    lab.model = dataclasses.replace(lab.model, coder=SimpleNamespace(latents=lambda x: x[..., :4, :4] + 3))
     x = lab.real(0)[0]
     given = evaluate.known(lab, x, slice(0, 5))(infill.SampleConfig(num=len(x)), slice(0, len(x)))
-    assert torch.equal(given.x[:, :, :5], x[:, :, :5] + 1) and not given.x[:, :, 5:].any()
+    assert torch.equal(given.x[:, :1, :5], x[:, :, :5, :4, :4] + 3) and not given.x[:, :, 5:].any()
 
 
 def test_small_clips_are_known_and_nothing_else(lab, monkeypatch):
@@ -224,7 +226,8 @@ def test_another_file_than_the_public_one_is_refused(array, reason, tmp_path):
 
 def test_modes_are_drawn_with_the_settings_that_the_checkpoint_carries(lab, monkeypatch):
     seen = []
-    monkeypatch.setattr(infill, "fill", lambda model, s, given: seen.append(s) or given.x)
+    decode = lab.model.coder.video
+    monkeypatch.setattr(infill, "fill", lambda model, s, given: seen.append(s) or decode(given.x))
     lab.model = dataclasses.replace(lab.model, sampling={"all": {"steps": 7}, "predict": {"w_r": 2.0, "steps": 9}})
     evaluate.modes(lab)["predict, 6 given"](0)
     evaluate.modes(lab)["predict by replacement"](0)
@@ -273,7 +276,7 @@ def test_a_trained_small_model_is_found_again(lab, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     shutil.copy(HERE / "pretrained" / "moving_mnist_32.pt", folder / "checkpoint_00000002.pt")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))
-    assert {"frechet_clip", "digit_named"} <= set(small_model(lab, {"steps": 2}, 0))
+    assert {"frechet_clip", "loss"} <= set(small_model(lab, {"steps": 2}, 0))
 
 
 def test_an_interrupted_training_goes_on(lab, tmp_path, monkeypatch):
@@ -331,20 +334,6 @@ def test_seams_are_where_drawn_frames_follow_given_ones(frames, seams, lab, monk
     lab.c.frames = frames
     next(iter(evaluate.extend(lab).values()))(0)
     assert found == [seams]
-
-
-def test_a_model_without_captions_extends_without_them(lab, monkeypatch):
-    calls = []
-    lab.model = dataclasses.replace(lab.model, text=TextConfig(cond_dim=0))
-    real = lab.real(0, 64)[0]
-
-    def draw(lab, seed, known, **flags):
-        calls.append((known(infill.SampleConfig(num=1), slice(0, 1)).x.shape[2], flags))
-        return real
-    monkeypatch.setattr(type(lab), "draw", draw)
-    evaluate.extend(lab)["replacement"](0)
-    frames, flags = calls[0]
-    assert frames == lab.c.frames and not flags.keys() & {"texts", "w"}
 
 
 @pytest.mark.parametrize("flags, sentence", [(["--checkpoint", "nothing.pt"], "nothing.pt"),

@@ -58,9 +58,9 @@ def test_the_pictures_are_those_of_the_pages_and_small() -> None:
 
 @pytest.mark.parametrize("num_images", [0, 4])
 def test_the_map_of_frames_is_a_softmax_of_q_k_and_the_table(num_images: int) -> None:
-    x, caught = figures.real(num_images), []
+    x, caught = figures.latents(num_images), []
     seen, mix = figures.attention(x, -3.0, num_images)
-    network = figures.model(figures.PIXELS).network
+    network = figures.model().network
     layers = [part for part in network.modules() if isinstance(part, TemporalMix)]
     layer = layers[len(layers) // 2]
     hook = layer.register_forward_hook(lambda mix, inputs, out: caught.append(inputs))
@@ -98,6 +98,6 @@ def test_a_watched_denoiser_is_the_same_and_notes_every_call() -> None:
 
 
 def test_the_caption_of_the_clip_is_its_digit() -> None:
-    data = dataclasses.replace(figures.model(figures.PIXELS).data, split="test", num_images=0)
+    data = dataclasses.replace(figures.model().data, split="test", num_images=0)
     _, captions = next(batches(data, 1, 3))
     assert captions[0][0].startswith(figures.DIGIT + " moving")
