@@ -50,6 +50,8 @@ def calls() -> Any:
             xscale="log",
             xlabel="calls of the network",
             ylabel=name.replace("_", " "))
+        axis.set_xticks(CALLS, CALLS)
+        axis.minorticks_off()
     axis.legend(fontsize=6)
     return figure
 
