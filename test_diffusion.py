@@ -195,7 +195,7 @@ def test_close_levels_keep_their_variance_in_float32():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_model_that_knows_the_answer_has_no_loss(prediction: str):
-    x, config = videos(8), DiffusionConfig(prediction, -6, 6)
+    x, config = videos(8), DiffusionConfig(prediction, logsnr_min=-6, logsnr_max=6)
     per_clip = loss(exact_output(prediction, x), x, config, generator=seeded(9))
     assert per_clip.shape == (8,) and (per_clip < 1e-9).all()
     other = PREDICTIONS[prediction == "eps"]
@@ -211,7 +211,7 @@ def test_a_model_that_always_says_zero_has_loss_one_on_videos_of_unit_size(predi
 
 @pytest.mark.parametrize("prediction, weight", [("eps", lambda l: l.exp()), ("v", lambda l: 1 + l.exp())])
 def test_the_loss_weights_the_error_of_x_by_the_snr_for_eps_and_by_one_more_for_v(prediction: str, weight):
-    x, output, seen, config = videos(8), videos(8, seed=5), {}, DiffusionConfig(prediction, -6, 6)
+    x, output, seen, config = videos(8), videos(8, seed=5), {}, DiffusionConfig(prediction, logsnr_min=-6, logsnr_max=6)
 
     def model(z: Tensor, logsnr: Tensor, cond: Tensor | None = None, num_images: int = 0) -> Tensor:
         seen.update(z=z, logsnr=logsnr.double())
