@@ -68,11 +68,6 @@ def modes(lab: Lab) -> Arms:
         y = as_carried(lab, "super_resolve", made_small(lab, x, scale), seed, scale=scale)
         return {"digit": lab.digit_named(y, truth), "psnr": metrics.psnr(x, y)}
 
-    def undrawn(change: Callable[[Tensor], Tensor], seed: int) -> Numbers:
-        x, _, truth = lab.real(seed)
-        y = change(x).float().cpu()
-        return {"digit": lab.digit_named(y, truth), "psnr": metrics.psnr(x, y)}
-
     given = {
         "predict, 6 given": ("predict", slice(0, 6), {}),
         "predict by replacement": ("predict", slice(0, 6), {"method": "replacement"}),
@@ -82,10 +77,23 @@ def modes(lab: Lab) -> Arms:
         **each(continued, given),
         **each(enlarged, {"super_resolve 2": 2, "super_resolve 4": 4}),
         **each(free, {f"extend to {lab.c.frames}": ("extend", lab.c.frames)}),
-        **each(undrawn, {
-            "bicubic 2": partial(bicubic, scale=2),
-            "bicubic 4": partial(bicubic, scale=4),
-            "real clips, encoded and decoded": lambda x: lab.model.coder.video(lab.model.latents(x))})}
+        **undrawn(lab)}
+
+
+def undrawn(lab: Lab) -> Arms:
+    """What modes are compared to: real clips, enlarged or decoded without any drawing."""
+    def arm(change: Callable[[Tensor], Tensor], seed: int) -> Numbers:
+        x, _, truth = lab.real(seed)
+        y = change(x).float().cpu()
+        return {"digit": lab.digit_named(y, truth), "psnr": metrics.psnr(x, y)}
+
+    def coded(x: Tensor) -> Tensor:
+        return lab.model.coder.video(lab.model.latents(x))
+
+    return each(arm, {
+        "bicubic 2": partial(bicubic, scale=2),
+        "bicubic 4": partial(bicubic, scale=4),
+        "real clips, encoded and decoded": coded})
 
 
 def bicubic(x: Tensor, scale: int) -> Tensor:
