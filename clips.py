@@ -161,9 +161,7 @@ def _row(row, root):
         # It is no csv but a path, a blank and a caption.
         pattern = rf"(.+?(?:{endings})|[^\s,]+)(?:[\s,]+(.*))?"
         name, text = re.fullmatch(pattern, ", ".join(row).strip(), re.I | re.S).groups("")
-    path = root / f"{name}.npy"  # where experiments/pack.py has packed it
-    if not path.exists():
-        path = root / name
+    path = root / name
     if not text or text.isdecimal():
         text = _caption(path, root)
     return path, " ".join(text.split())

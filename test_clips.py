@@ -182,18 +182,6 @@ def test_kinetics_csv_as_it_is_distributed(tmp_path):
                      ("gone0000000_000000_000010.mp4", "a, b")]
 
 
-def test_a_list_finds_packed_clips_in_place_of_films(tmp_path):
-    for name in ("Archery/v_a.avi.npy", "air drumming/-6bJOK_1_000014_000024.mp4.npy"):
-        array(tmp_path / name)
-    for name in ("testlist01.txt", "test.csv"):
-        (tmp_path / name).write_text("")
-    found = listed(tmp_path, "Archery/v_a.avi 1\nDiving/v_b.avi 2\n", name="trainlist01.txt")
-    assert found == [("Archery/v_a.avi.npy", "Archery"), ("Diving/v_b.avi", "Diving")]
-    text = "label,youtube_id,time_start,time_end,split,is_cc\nair drumming,-6bJOK_1,14,24,train,0\n"
-    found = listed(tmp_path, text, name="train.csv")
-    assert found == [("air drumming/-6bJOK_1_000014_000024.mp4.npy", "air drumming")]
-
-
 def test_a_list_of_captions_and_of_paths_with_blanks(tmp_path):
     lines = ["a b/c d.mp4 a red ball", "e.webm,two dogs", "frames/1 walking", '"f g.mp4","a, b"', "", "h.npy"]
     (tmp_path / "h.txt").write_text("from the text file")

@@ -1,8 +1,7 @@
 """Speed side by side: python -m experiments.bench.
 
---table peer times our network against that of the package video-diffusion-pytorch (if it is installed), data
-how fast the clips in --data_dir are read. What is compared takes turns in one process, A B A B, so that a
-noisy machine is noisy for all of it.
+It times our network against that of the package video-diffusion-pytorch, if that is installed. What is compared
+takes turns in one process, A B A B, so that a noisy machine is noisy for all of it.
 """
 import copy
 import shlex
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import config
-from data import DataConfig, batches
 from diffusion import DiffusionConfig, loss
 from experiments.cost import count
 from machine import Machine, start
@@ -30,10 +28,8 @@ from unet3d import UNet3D, UNetConfig
 @dataclass
 class BenchConfig:
     """What to time, and how."""
-    table: Literal["peer", "data"] = "peer"  # which table to make
-    data_dir: str = ""  # folder of clips, for the table data
     preset: str = "films"  # the preset whose architecture is ours
-    size: int = 32  # [8, 1024] height and width of the clips: 16 frames, one channel (data: three)
+    size: int = 32  # [8, 1024] height and width of the clips: 16 frames, one channel
     batch_size: int = 4  # [1, 65536] clips in a training step and in a network call
     rounds: int = 3  # [1, 1000] turns that everything compared takes, after one to warm up
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -154,29 +150,13 @@ def peer_table(c: BenchConfig, machine: Machine) -> None:
         print(f"| {name} | {size:.1f} M | {training} | {calling} |")
 
 
-def data_table(c: BenchConfig, machine: Machine) -> None:
-    """Prints how many clips of 16 frames a second are read from --data_dir, by number of workers."""
-    films = DataConfig("video_folder", c.data_dir, channels=3, size=c.size)
-    print("| workers | clips/s |\n|---|---|")
-    for workers in (0, 1, 2):
-        stream = batches(films, c.batch_size, 0, workers=workers)
-
-        def read() -> None:
-            for _ in range(20):
-                next(stream)
-
-        seconds = take_turns({"read": read}, c.rounds)["read"]
-        print(f"| {workers} | {shown(20 * c.batch_size, seconds)} |")
-
-
 def main() -> None:
-    """Makes the table of --table."""
+    """Makes the table."""
     c, = config.parse(BenchConfig)
     machine = start(c.device, c.precision, c.threads)
     print(f"`python -m experiments.bench {shlex.join(sys.argv[1:])}`, {machine}, PyTorch {torch.__version__}, "
           f"{time.strftime('%Y-%m-%d')}, median [min, max] of {c.rounds} rounds\n")
-    table = peer_table if c.table == "peer" else data_table
-    table(c, machine)
+    peer_table(c, machine)
 
 
 if __name__ == "__main__":

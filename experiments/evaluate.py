@@ -118,7 +118,7 @@ def samplers(lab: Lab) -> Arms:
     flags = {}
     for n in CALLS:
         flags[f"ancestral, {n} calls"] = dict(steps=n)
-        flags[f"predictor-corrector, {n} calls"] = dict(steps=n // 2, delta=lab.c.delta or 0.1)
+        flags[f"predictor-corrector, {n} calls"] = dict(steps=n // 2, delta=0.1)
         flags[f"ddim, {n} calls"] = dict(steps=n, sampler="ddim")
         flags[f"dpm_solver, {n} calls"] = dict(steps=n, sampler="dpm_solver")
     if lab.model.data.num_images:
@@ -168,6 +168,9 @@ def extend(lab: Lab) -> Arms:
     methods = {"replacement": dict(method="replacement")}
     for w_r in (1, 3, 10):
         methods[f"reconstruction, w_r {w_r}"] = dict(w_r=float(w_r))
+    if lab.model.data.num_images:
+        for name in ("replacement", "reconstruction, w_r 3"):
+            methods[f"{name}, w_t 1"] = methods[name] | dict(w_t=1.0, w_t_from=-3.0)
 
     def judged(x: Tensor, seed: int) -> Numbers:
         classes, places, *_ = lab.observe(x)
@@ -179,7 +182,7 @@ def extend(lab: Lab) -> Arms:
             **metrics.seam(places, classes, seams)}
 
     def arm(method: dict[str, Any], seed: int) -> Numbers:
-        x = lab.draw(seed, lab.blank(frames), **lab.steps() | method)
+        x = lab.draw(seed, lab.blank(frames), steps=lab.c.calls, **method)
         return judged(x, seed)
 
     return lab.bounds(judged, frames) | each(arm, methods)

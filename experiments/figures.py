@@ -208,18 +208,16 @@ def belief(steps: int) -> Any:
     return figure
 
 
-def gamma(steps: int) -> Any:
-    """z and x_hat of one frame along eight steps, by gamma, from one seed."""
-    x = latents()
-    shown = np.linspace(0, steps - 1, 8).round().astype(int)
-    rows = {}
-    for value in (0.0, 0.3, 1.0):
-        g, seen = seeded(), []
-        denoise = watched(captioned("a 3", 1.0), seen)
-        z = noise_like(x, g)
-        sample(denoise, z, levels(steps), value, generator=g)
-        rows[f"γ = {value:g}: z"] = frame_8([seen[i][0] for i in shown])
-        rows[f"γ = {value:g}: x̂"] = frame_8([seen[i][1] for i in shown])
+def denoising(steps: int) -> Any:
+    """z and x_hat of one frame along eight steps of the sampler; gamma is 0."""
+    g, seen = seeded(), []
+    denoise = watched(captioned("a 3", 1.0), seen)
+    z = noise_like(latents(), g)
+    sample(denoise, z, levels(steps), generator=g)
+    shown = [seen[i] for i in np.linspace(0, steps - 1, 8).round().astype(int)]
+    rows = {
+        "z, decoded": frame_8([z for z, _ in shown]),
+        "x̂": frame_8([x_hat for _, x_hat in shown])}
     figure, _ = strips(rows, width=7)
     return figure
 
@@ -408,7 +406,7 @@ def magic(steps: int) -> Any:
 
 
 FIGURES = {figure.__name__: figure for figure in (
-    noise, belief, gamma, corrector, weights, block,
+    noise, belief, denoising, corrector, weights, block,
     mask, conditional, gradient, space, drift, magic)}
 
 

@@ -35,10 +35,6 @@ class EvaluateConfig:
     batch_size: int = 8  # [1, 1024] clips drawn at once
     seeds: int = 3  # [1, 100] seeds of each arm
     calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
-    delta: float = 0.0  # [0, 2] step size of the corrector, for half of the calls; 0 is none (samplers: 0.1)
-    w_t: float = 0.0  # [0, 100] weight of temporal guidance
-    w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
-    w_r_power: float = 1.0  # [-1, 1] power of alpha beside the weight of reconstruction guidance
     frames: int = 64  # [17, 1000] extend: frames of the result
     only: str = ""  # a regular expression: arms in whose name it is found; by default all
     samples: int = 10  # [1, 1000] benchmark: what is drawn of each clip
@@ -93,27 +89,17 @@ class Lab:
         """--clips clips, by flags of SampleConfig; by default nothing is known of them, and what is said is what
         flags say. Each has one of the texts, where they are given.
         """
-        c = self.c
-        guidance = dict(w_t=c.w_t, w_t_from=c.w_t_from, w_r_power=c.w_r_power)
         known = known or self.blank(self.length)
         parts = []
-        for first in range(0, c.clips, c.batch_size):
-            which = slice(first, min(first + c.batch_size, c.clips))
-            values = guidance | flags
-            values |= dict(num=which.stop - first, seed=100_000 * seed + first)
+        for first in range(0, self.c.clips, self.c.batch_size):
+            which = slice(first, min(first + self.c.batch_size, self.c.clips))
+            values = flags | dict(num=which.stop - first, seed=100_000 * seed + first)
             if texts:
                 values["text"] = "|".join(texts[which])
             s = SampleConfig(**values)
             with self.machine.autocast():
                 parts.append(infill.fill(self.model, s, known(s, which)))
         return torch.cat(parts).float().cpu()
-
-    def steps(self) -> dict[str, Any]:
-        """Flags for --calls network calls, every second one of them the corrector's if --delta is given."""
-        c = self.c
-        if c.delta:
-            return dict(steps=c.calls // 2, delta=c.delta)
-        return dict(steps=c.calls)
 
     def measure(self, x: Tensor) -> Numbers:
         """metrics.measure on clips of the model's length (longer ones in pieces), against real ones."""

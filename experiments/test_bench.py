@@ -3,7 +3,6 @@ import sys
 import time
 import types
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -103,14 +102,6 @@ def test_the_table_of_networks_comes_out(with_peer, small, monkeypatch, capsys):
     rows = [line for line in lines if line.startswith("|")]
     assert lines[0].startswith("`python -m experiments.bench --size 16") and len(rows) == 5
     assert {row.count("|") for row in rows} == {5}
-
-
-@pytest.mark.slow
-def test_the_table_of_data_comes_out(tmp_path, monkeypatch, capsys):
-    np.save(tmp_path / "clip.npy", np.zeros((20, 16, 16, 3), np.uint8))
-    program(monkeypatch, "--table", "data", "--data_dir", str(tmp_path), *"--size 16 --rounds 1".split())
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["0", "1", "2"]
 
 
 def test_bad_flags_are_one_sentence(monkeypatch, capsys):

@@ -236,13 +236,6 @@ def test_modes_are_drawn_with_the_settings_that_the_checkpoint_carries(lab, monk
         ("predict", 9, 2.0, "reconstruction"), ("predict", 9, 2.0, "replacement"), ("generate", 7, 10.0, "reconstruction")}
 
 
-def test_half_of_the_calls_are_the_correctors(lab):
-    lab.c.calls = 50
-    assert lab.steps() == {"steps": 50}
-    lab.c.delta = 0.3
-    assert lab.steps() == {"steps": 25, "delta": 0.3}
-
-
 def test_the_table_has_means_and_deviations_and_leaves_gaps():
     text, raw = table({"a": lambda seed: {"x": 1.0 + seed}, "b": lambda seed: {"y": 5.0}}, 3)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]

@@ -21,7 +21,7 @@ def draw(monkeypatch, module, *words: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["block", "weights", "gamma"])
+@pytest.mark.parametrize("name", ["block", "weights", "denoising"])
 def test_a_figure_is_a_picture(name: str, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("matplotlib")
     draw(monkeypatch, figures, name, "--steps", "3", "--out", str(tmp_path))
