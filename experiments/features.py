@@ -183,11 +183,14 @@ def _loss(
         positions: Tensor) -> Tensor:
     size = x.shape[-1]
     some = torch.randint(x.shape[2], (4,))  # four frames of each clip
-    seen = rearrange(centres(positions[:, :, some], size), "b d f yx -> (b f) d yx")
-    target = splat(labels.repeat_interleave(4, 0), seen, size)
+    seen = centres(positions[:, :, some], size)
+    seen = rearrange(seen, "b d f yx -> (b f) d yx")
+    labels_of_frames = labels.repeat_interleave(4, 0)
+    target = splat(labels_of_frames, seen, size)
     frames = rearrange(x[:, :, some], "b c f h w -> (b f) c h w")
     log_p, _ = frame_net(frames)
-    where = -(target * log_p).sum((1, 2, 3)).mean()
+    likelihood = (target * log_p).sum((1, 2, 3))
+    where = -likelihood.mean()
     logits, velocity, _ = video_net(x)
     shares = one_hot(labels, 10).float().mean(1)
     which = cross_entropy(logits, shares)

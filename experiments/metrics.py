@@ -17,8 +17,12 @@ from experiments.features import Features, observe, walls
 # ---- numbers of a set of clips ---------------------------------------------------------------------------
 
 
-def measure(x: Tensor, features: Features, digits: int,
-            real: tuple[Tensor, Tensor], stride: int = 1) -> dict[str, float]:
+def measure(
+        x: Tensor,
+        features: Features,
+        digits: int,
+        real: tuple[Tensor, Tensor],
+        stride: int = 1) -> dict[str, float]:
     """All that is said of clips x (B, C, F, H, W), on the CPU; real is what observe() returned last of real
     ones, features of frames and of clips.
 
@@ -26,12 +30,13 @@ def measure(x: Tensor, features: Features, digits: int,
     """
     real_frames, real_clips = real
     classes, positions, probabilities, frames, clips = observe(x, features, digits)
-    return {"identity_kept": identity_kept(classes),
-            "trajectory_residual": path_off(positions, x.shape[-1], stride),
-            "step": steps(positions).mean().item(),  # a frozen path has no residual
-            "inception_score": inception_score(probabilities),
-            "frechet_frame": frechet(frames, real_frames),
-            "frechet_clip": frechet(clips, real_clips)}
+    return {
+        "identity_kept": identity_kept(classes),
+        "trajectory_residual": path_off(positions, x.shape[-1], stride),
+        "step": steps(positions).mean().item(),  # a frozen path has no residual
+        "inception_score": inception_score(probabilities),
+        "frechet_frame": frechet(frames, real_frames),
+        "frechet_clip": frechet(clips, real_clips)}
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -41,12 +46,14 @@ def frechet(a: Tensor, b: Tensor) -> float:
     s = torch.cov(a.T)
     t = torch.cov(b.T)
     values, vectors = torch.linalg.eigh(s)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    scale = values.clamp(min=0).sqrt()
+    root = vectors * scale @ vectors.T
     # S S' has the eigenvalues of the symmetric S^(1/2) S' S^(1/2)
     squares = torch.linalg.eigvalsh(root @ t @ root)
     cross = squares.clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + s.trace() + t.trace() - 2 * cross).item()
+    apart = a.mean(0) - b.mean(0)
+    spread = s.trace() + t.trace() - 2 * cross
+    return (apart.square().sum() + spread).item()
 
 
 def inception_score(probabilities: Tensor) -> float:
@@ -86,7 +93,11 @@ def path_off(positions: Tensor, size: int, stride: int = 1) -> float:
     return trajectory_residual(positions, low, high, fastest).mean().item()
 
 
-def trajectory_residual(positions: Tensor, low: float, high: float, max_speed: float) -> Tensor:
+def trajectory_residual(
+        positions: Tensor,
+        low: float,
+        high: float,
+        max_speed: float) -> Tensor:
     """RMS distance (B, digits) in pixels of linked positions (B, F, digits, 2) to the best path of constant
     speed, at most max_speed on an axis, that bounces at low and high; found on a grid, then on finer ones."""
     x = rearrange(positions, "b f d yx -> (b d yx) f")
@@ -112,7 +123,9 @@ def trajectory_residual(positions: Tensor, low: float, high: float, max_speed: f
 
 
 def _bounce(lines: Tensor, last: int, low: float, high: float) -> Tensor:
-    way = lines[..., :1] + lines[..., 1:] * torch.arange(last + 1)
+    start = lines[..., :1]
+    speed = lines[..., 1:]
+    way = start + speed * torch.arange(last + 1)
     room = high - low
     folded = (way - low) % (2 * room) - room
     return high - folded.abs()
@@ -139,8 +152,12 @@ def seam(positions: Tensor, classes: Tensor, starts: list[int]) -> dict[str, flo
 # ---- whether a denoiser uses the other frames ------------------------------------------------------------
 
 
-def exchange(denoise: Denoiser, x: Tensor, other: Tensor, logsnr: Tensor,
-             generator: torch.Generator | None = None) -> float:
+def exchange(
+        denoise: Denoiser,
+        x: Tensor,
+        other: Tensor,
+        logsnr: Tensor,
+        generator: torch.Generator | None = None) -> float:
     """Squared error of x_hat on every fourth frame of x (B, C, F, H, W) where the frames between are other's,
     over that where they are x's own; log-SNR 0-d, the same noise in both, ratio of sums over the clips.
 
@@ -207,9 +224,10 @@ def ssim(real: Tensor, fake: Tensor) -> float:
     var_a = sample * (mean(a * a) - mean_a**2)
     var_b = sample * (mean(b * b) - mean_b**2)
     both = sample * (mean(a * b) - mean_a * mean_b)
-    likeness = (2 * mean_a * mean_b + c1) * (2 * both + c2)
-    most = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return (likeness / most).mean().item()
+    brightness = 2 * mean_a * mean_b + c1
+    brightness /= mean_a**2 + mean_b**2 + c1
+    structure = (2 * both + c2) / (var_a + var_b + c2)
+    return (brightness * structure).mean().item()
 
 
 def psnr(real: Tensor, fake: Tensor) -> float:
