@@ -36,8 +36,10 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         with contextlib.suppress(OSError):  # some network drives refuse
             handle = os.open(path.parent, os.O_RDONLY)  # its new name is on the disk only when the folder is
-            os.fsync(handle)
-            os.close(handle)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except (OSError, RuntimeError) as error:  # torch.save hides what the disk said behind a RuntimeError
         reason = error
         if isinstance(error, RuntimeError):
@@ -62,7 +64,7 @@ def load(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # PyTorch itself compares no checksums
                 raise ValueError
-        content = content.get("content", content)  # three of the shipped files have it one level down
+        content = content.get("content", content)  # two of the shipped files have it one level down
         if not isinstance(content, dict):
             raise ValueError
         return content

@@ -38,7 +38,7 @@ class VideoFile(NamedTuple):
 
 
 def list_videos(data_dir: str, listing: str, split: str) -> tuple[Named, int]:
-    """The clips of a split with their captions, in an order that depends on their names alone; and how many
+    """The clips of a split with their captions, in the list's order or by their names; and how many
     are held out for the other split.
 
     Without a listing all clips in data_dir. The test clips are those in a subfolder test beside train, or in
@@ -106,6 +106,7 @@ def _is_clip(path):
 
 
 def _caption(clip, root):
+    clip, root = clip.absolute(), root.absolute()  # "." has no name
     file = clip.with_suffix(".txt")
     if clip.is_dir():
         file = clip.with_name(clip.name + ".txt")
@@ -150,7 +151,7 @@ def _kinetics(rows, root):
         films[film.name.partition(".")[0]] = film
     for row in rows:
         name = f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}"
-        named.append((films.get(name, root / f"{name}.mp4"), row["label"]))
+        named.append((films.get(name, root / f"{name}.mp4"), row.get("label") or ""))
     return named
 
 

@@ -187,13 +187,18 @@ def rebuild(settings: dict[str, Any], *configs: type) -> list[Any]:
 
     Raises ValueError if a value is not one that its flag would take.
     """
+    check(settings, *configs)
+    return instances(configs, settings)
+
+
+def check(settings: dict[str, Any], *configs: type) -> None:
+    """Raises ValueError if a value of the settings is not one that its flag would take."""
     if not isinstance(settings, dict):
         raise ValueError("it holds no settings")
     flags = flags_of(configs)
     for name, flag in flags.items():
         if name in settings and not flag.allows(settings[name]):
             raise ValueError(f"its setting {name} is {settings[name]!r:.100}, which --{name} does not take")
-    return instances(configs, settings)
 
 
 # ---- a whole program -------------------------------------------------------------------------------------
@@ -224,4 +229,5 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise  # PyTorch's are known by name: this file does without torch
-        fail("out of memory: lower --batch_size (raise --accumulate), use --checkpointing, or lower --num")
+        fail("out of memory: training takes less with a lower --batch_size, or --checkpointing, and sampling "
+             "with a lower --num")

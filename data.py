@@ -139,7 +139,8 @@ class Batches(Dataset):
             return self.source(self.config, n, rng, "cpu", beside)
         x, captions, truth = self.source(self.config, n, rng, "cpu")
         shown = rng.integers(0, self.config.frames, n)
-        return x[np.arange(n), :, shown, None], captions, truth
+        frames = x[np.arange(n), :, shown]  # (n, C, H, W)
+        return frames[:, :, None], captions, truth
 
 
 def _delivered(loader, device):

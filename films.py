@@ -89,10 +89,9 @@ def _from(film, stream, begin):
     for place in places:
         film.seek(max(0, round(place / stream.time_base)), stream=stream)
         frames = _timed(film, stream, _frames(film, stream))
-        for first in frames:
-            if first[0] <= begin:
-                return chain([first], frames)
-            break
+        first = next(frames, None)
+        if first and first[0] <= begin:
+            return chain([first], frames)
     return ()
 
 

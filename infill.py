@@ -34,7 +34,7 @@ SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
 class SampleConfig:
     """What to draw, and how. Raises ValueError for settings that do not fit each other."""
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
-    checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest in runs/, else pretrained/
+    checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest run half done, else pretrained/
     base: str = ""  # cascade: the model that draws what is given; else it is a real clip
     text: str = ""  # caption of the clips, or several taking turns, separated by |; "" is unconditional
     fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
@@ -54,7 +54,7 @@ class SampleConfig:
     overlap: int = 0  # [0, 1024] frames given to predict, and shared by blocks; 0 is half the model's length
     stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
     scale: int = 2  # [2, 64] super_resolve, cascade: the given frames are so many times smaller
-    input: str = ""  # a video to start from; by default clips of the test split
+    input: str = ""  # a video to start from, of whole or of small frames; by default clips of the test split
     out: str = "samples"  # folder for the .gif, .webp and .png
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"  # auto: the fastest that the hardware has
@@ -69,6 +69,8 @@ class SampleConfig:
             raise ValueError("--fps is said after a caption: it needs --text")
         if self.method == "replacement" and self.mode in SMALL:
             raise ValueError("--method replacement replaces whole frames, not small ones")
+        if self.w_r == 0 and self.mode in SMALL:
+            raise ValueError("--w_r 0 is replacement alone, which replaces whole frames, not small ones")
         if self.base and self.mode != "cascade":
             raise ValueError("--base is for mode cascade")
         if self.input and (self.base or self.mode == "generate"):
@@ -170,7 +172,7 @@ def rebuilt(content: dict[str, Any], device: torch.device) -> Model:
     network.requires_grad_(False)  # guidance differentiates with respect to z: half the backward pass
     sampling = content.get("sampling", {})
     for mode in sampling.values():
-        config.rebuild(mode, SampleConfig)  # each is a value that its flag would take
+        config.check(mode, SampleConfig)
     return Model(network, data, diffusion, text, device, coder, sampling, content["step"])
 
 
@@ -211,7 +213,7 @@ def images(network: Callable) -> Callable:
 
 def captions(model: Model, s: SampleConfig) -> list[str]:
     """A caption for each clip: those of --text in turn, with the speed if training said it. Raises ValueError
-    if the model knows no captions, or no speeds.
+    if the model knows no captions, or no speeds (which captions of films name, nobody knows).
     """
     if not model.text.cond_dim:
         raise ValueError("--text needs a model trained with captions, and this one is unconditional")
@@ -243,7 +245,9 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
     with tqdm(total=len(starts) * calls, unit=" calls", desc=s.mode) as bar:
         for start in starts:
             where = slice(start, start + length)
-            video.x[:, :, where] = draw_block(counted(denoise, bar), video.block(where), model, s, noise)
+            block = video.block(where)
+            drawn = draw_block(counted(denoise, bar), block, model, s, noise)
+            video.x[:, :, where] = torch.where(block.known[:, None, None], block.x, drawn)
             video.known[where] = True
     return model.coder.video(video.x)
 
@@ -291,12 +295,11 @@ def block_starts(known: Tensor, length: int, overlap: int) -> list[int]:
 def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
                noise: list[torch.Generator]) -> Tensor:
     """One block: what is given guides the denoiser, known frames are replaced too, and the sampler runs."""
-    constrain = identity
-    guides = given.low is not None
     known = given.known[:, None, None]
+    constrain = identity
     if known.any():
         constrain = replacement(given.x, known, noise)
-        guides = guides or s.method == "reconstruction"
+    guides = given.low is not None or (known.any() and s.method == "reconstruction")
     if guides and s.w_r:
         def observe(x: Tensor) -> Tensor:
             small = None

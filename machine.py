@@ -28,7 +28,7 @@ class Machine:
         if self.device.type == "mps":
             return "float32"
         # emulated, it is slower than float32; PyTorch has no public way to ask, nor this one everywhere
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return "bf16" if has_bf16() else "float32"
 
     def cores(self) -> int:
@@ -67,11 +67,16 @@ def find_device(name: str) -> torch.device:
     has a GPU of its own. Raises ValueError if it cannot be used.
     """
     kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or not index.isdecimal() and index:
+    numbered = index.isdecimal() and kind != "auto"
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not numbered):
         raise ValueError(f"--device {name} is not supported: auto, cpu, cuda, cuda:N or mps")
     cuda = "cuda"
     if "LOCAL_RANK" in os.environ:  # set by torchrun
         cuda = f"cuda:{os.environ['LOCAL_RANK']}"
+        count = torch.cuda.device_count()
+        if name == "auto" and 0 < count <= int(os.environ["LOCAL_RANK"]):
+            raise ValueError(f"torchrun started more processes than the {count} GPUs here: start {count}, or give "
+                             "--device cpu")
     if name == "auto":
         for candidate in (cuda, "mps", "cpu"):
             if not fault(candidate):

@@ -1,4 +1,4 @@
-"""The values of --preset: one recipe of our own in three sizes, and the models of the paper's appendix.
+"""The values of --preset: one recipe of our own, and the models of the paper's appendix.
 
 PRESETS holds flags of train.py, SAMPLING the flags of sample.py that a checkpoint of each preset carries.
 """

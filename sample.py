@@ -80,11 +80,9 @@ MODES = {mode.__name__: mode for mode in (
 
 
 def small(s: SampleConfig, x: Tensor) -> Tensor:
-    """x made --scale times smaller, or as --base drew it. Raises ValueError if its size cannot be divided."""
-    if s.base:
+    """x made --scale times smaller; what --base drew, and --input, are so small already."""
+    if s.base or s.input:
         return x
-    if x.shape[-1] % s.scale:
-        raise ValueError(f"--scale {s.scale} does not divide the model's {x.shape[-1]} pixels")
     return smaller(x, s.scale)
 
 
@@ -109,22 +107,29 @@ def source(model: Model, s: SampleConfig, frames: int) -> Tensor:
         return drawn_by_base(model, s, frames)
     if not s.input:
         return test_clips(model, s, frames)
-    data, stride = model.data, 1
+    data, size, stride = model.data, model.data.size, 1
+    if s.mode in SMALL:
+        size //= s.scale
     if Path(s.input).suffix not in ARRAYS:  # an array is at the model's speed already
-        stride = min(data.frame_stride)
-    x = load_video(s.input, data.size, data.channels, frames, stride, data.fps)
+        stride = stride_of(model, s)
+    x = load_video(s.input, size, data.channels, frames, stride, data.fps)
     return x.expand(s.num, -1, -1, -1, -1)
 
 
 def test_clips(model: Model, s: SampleConfig, frames: int) -> Tensor:
     """Clips of the test split (B, C, frames, H, W); clip i is the same whatever --num is."""
-    stride = min(model.data.frame_stride)
-    if s.fps:
-        stride = max(1, round(model.data.rate / s.fps))
-    data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=(stride,))
+    stride = (stride_of(model, s),)
+    data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=stride)
     stream = batches(data, 1, s.seed)
     clips = [next(stream)[0] for _ in range(s.num)]
     return torch.cat(clips)
+
+
+def stride_of(model: Model, s: SampleConfig) -> int:
+    """Every so many frames of a given clip are shown, for --fps or else the model's fastest."""
+    if s.fps:
+        return max(1, round(model.data.rate / s.fps))
+    return min(model.data.frame_stride)
 
 
 def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
@@ -229,7 +234,7 @@ def forced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         changes |= {"w": 0.0, "fps": 0.0}
     needed = {}
     for name, value in changes.items():
-        if name not in given and chosen.get(name, value) != value:
+        if name in chosen and name not in given and chosen[name] != value:
             needed[name] = value
     return needed
 
@@ -261,13 +266,15 @@ def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
 
 
 def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor]:
-    """What --mode was given, and the video (B, C, T, H, W)."""
+    """What --mode was given, and the video (B, C, T, H, W). Raises ValueError if small frames have no size."""
+    if s.mode in SMALL and model.data.size % s.scale:
+        raise ValueError(f"--scale {s.scale} does not divide the model's {model.data.size} pixels")
     given = MODES[s.mode](model, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
     if s.base:  # which used this seed already, and drew what the text says
         s = replace(s, seed=s.seed + 1)
         if not model.text.cond_dim:
-            s = replace(s, text="", w=0.0)
+            s = replace(s, text="", w=0.0, fps=0.0)
     return given, fill(model, s, given)
 
 
@@ -296,7 +303,7 @@ def main() -> None:
         given, video = draw_mode(model, s)
     path, marks, columns = free_name(Path(s.out), s.mode), given.known, 0
     save_clips(video, path)
-    print(f"clips alone, for --input or for training: {path}")
+    print(f"clips alone, for training: {path}, and one for --input: {path / '1.npy'}")
     if s.mode in SMALL:
         video, marks, columns = sheet(model, s, given, video)
     for written in save_video(video, path, marks, frames_per_second(model, s), columns):

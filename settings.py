@@ -133,9 +133,8 @@ def fitting(preset: str, given: dict[str, Any]) -> dict[str, Any]:
     if preset not in FITS or device.type != "cuda" or by_hand or "RANK" in os.environ:
         return {}
     free, _ = torch.cuda.mem_get_info(device)
-    for needed, clips, checkpointing in FITS[preset]:  # the fastest first; the last one needs 0
-        if free >= needed * 2**30:
-            break
+    fast = [fit for fit in FITS[preset] if free >= fit[0] * 2**30]  # the fastest first; the last one needs 0
+    _, clips, checkpointing = fast[0]
     whole = PRESETS[preset]["batch_size"] * PRESETS[preset].get("accumulate", 1)
     return {"batch_size": clips, "accumulate": whole // clips, "checkpointing": checkpointing}
 
@@ -158,7 +157,9 @@ def start_of(init: str, latent: str) -> dict[str, Any]:
     """
     taken = {}
     if init:
-        _, _, s = read_run("init", init)
+        _, content, s = read_run("init", init)
+        if "autoencoder" in content and not latent:
+            raise ValueError(f"--init {init} draws latents: give the autoencoder of its training too, by --latent")
         taken |= vars(s.unet) | vars(s.diffusion) | vars(s.text) | {"arch": s.train.arch}
     if latent:
         _, _, s = read_run("latent", latent)

@@ -255,6 +255,7 @@ def test_what_is_published_holds_the_autoencoder(latent, tmp_path):
     (["--latent", "CODER", "--arch", "autoencoder"], ("--arch autoencoder",)),
     (["--latent", "CODER", "--resume", "LATENT"], ("--latent", "--resume")),
     (["--latent", "CODER", "--width", "16"], ("--latent", "flags")),
+    (["--init", "LATENT"], ("--init", "draws latents", "--latent")),
     (["--arch", "autoencoder", "--factor", "16", "--size", "24"], ("--size 24", "--factor 16"))])
 def test_a_mistake_in_training_is_one_sentence(flags, parts, latent, coder, tmp_path, monkeypatch, capsys):
     flags = [{"LATENT": str(latent), "CODER": str(coder)}.get(flag, flag) for flag in flags]

@@ -182,6 +182,18 @@ def test_kinetics_csv_as_it_is_distributed(tmp_path):
                      ("gone0000000_000000_000010.mp4", "a, b")]
 
 
+def test_kinetics_csv_without_labels_has_clips_without_captions(tmp_path):
+    text = "youtube_id,time_start,time_end,split\nabcdefghijk,0,10,test\n"
+    assert listed(tmp_path, text, name="train.csv") == [("abcdefghijk_000000_000010.mp4", "")]
+
+
+def test_a_folder_of_frames_may_be_the_working_directory(tmp_path, monkeypatch):
+    for number in range(3):
+        Image.new("L", (16, 16), number).save(tmp_path / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    assert clips.list_videos(".", "", "train") == ([(Path("."), "")], 0)
+
+
 def test_a_list_of_captions_and_of_paths_with_blanks(tmp_path):
     lines = ["a b/c d.mp4 a red ball", "e.webm,two dogs", "frames/1 walking", '"f g.mp4","a, b"', "", "h.npy"]
     (tmp_path / "h.txt").write_text("from the text file")

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -231,6 +232,7 @@ def test_another_architecture_is_refused_with_the_settings_that_differ(
         copy: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
     line = refusal(train.main, ["--resume", copy, "--dim", 16, "--head_dim", 16], monkeypatch, capsys)
     assert "holds another network: --dim 16 (was 8), --head_dim 16 (was 8); resume without" in line
+    assert json.loads((copy / "config.json").read_text())["dim"] == 8  # which sample.py goes by
 
 
 @pytest.mark.slow

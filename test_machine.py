@@ -8,7 +8,7 @@ from presets import FITS, PRESETS
 from settings import read_settings
 
 
-@pytest.mark.parametrize("name, sentence", [("gpu", "is not supported"), ("cuda:x", "is not supported"), ("meta", "is not supported"),
+@pytest.mark.parametrize("name, sentence", [("gpu", "is not supported"), ("cuda:x", "is not supported"), ("meta", "is not supported"), ("auto:0", "is not supported"),
                                             ("cuda:99", "PyTorch finds")])
 def test_a_device_that_is_not_there_is_named_with_what_is_allowed(name, sentence):
     with pytest.raises(ValueError, match=f"--device {name} .*{sentence}"):
@@ -41,6 +41,14 @@ def test_what_asks_for_the_current_gpu_gets_the_one_that_is_meant(name, rank, cu
     assert seen == [current] * bool(current)
     assert (found.rank, found.world) == ((2, 3) if rank else (0, 1))
     assert all(timeout.total_seconds() > 3600 for timeout in joined.values()) and len(joined) == bool(rank)
+
+
+def test_more_processes_than_gpus_are_one_sentence(monkeypatch, gpus):
+    gpus(2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="more processes than the 2 GPUs here: start 2, or give --device cpu"):
+        find_device("auto")
+    assert find_device("cpu") == torch.device("cpu")
 
 
 def test_apples_gpu_is_taken_where_there_is_no_cuda_and_computes_in_float32(monkeypatch, gpus):

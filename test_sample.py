@@ -146,6 +146,29 @@ def test_a_mode_runs_end_to_end_and_prints_the_three_files_it_wrote(mode: str, t
     assert drawn.video.isfinite().all() and drawn.video.abs().max() < 1.001 and drawn.video.std() > 0.01
 
 
+def test_what_is_printed_for_input_is_read_by_it(tiny: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
+    first = program(tiny, "--out", tmp_path)
+    line, = (line for line in capsys.readouterr().out.splitlines() if "for --input: " in line)
+    longer = program(tiny, *"--mode extend --frames 6 --input".split(), line.split("for --input: ")[1], "--out", tmp_path)
+    assert (longer.video[:, :, :4] - first.video[:1]).abs().max() < 0.005
+
+
+def test_given_frames_come_back_exactly(tiny: Path, clip: Path, tmp_path: Path) -> None:
+    drawn = program(tiny, *"--mode extend --frames 9 --input".split(), clip, "--out", tmp_path)
+    assert torch.equal(drawn.video[:, :, :6], load_video(clip, 16, 1).expand(2, -1, -1, -1, -1))
+
+
+@pytest.mark.parametrize("mode", ["super_resolve", "cascade"])
+def test_a_small_input_is_seen_as_it_is(mode: str, tiny: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8)
+    np.save(tmp_path / "small.npy", pixels)
+    drawn = program(tiny, "--mode", mode, "--input", tmp_path / "small.npy", "--out", tmp_path)
+    block = drawn.given[0][0]
+    seen = block.low[:, :, block.low_known]
+    shown = load_video(tmp_path / "small.npy", 8, 1)[:, :seen.shape[2]]
+    assert torch.equal(seen, shown.expand(2, -1, -1, -1, -1))
+
+
 def test_a_cascade_starts_from_what_its_base_draws(tiny: Path, small: Path, tmp_path: Path) -> None:
     drawn = program(tiny, "--mode", "cascade", "--base", small, "--out", tmp_path)
     slow = drawn.given[0][1]  # the first block is the base's
@@ -180,6 +203,16 @@ def test_clip_i_of_a_seed_is_the_same_however_many_there_are(mode: str, tiny: Pa
     one, three = program(tiny, *flags, 1).video, program(tiny, *flags, 3).video
     torch.testing.assert_close(three[:1], one, rtol=0, atol=0.02)  # rounding that the steps amplify
     assert (three[1] - one[0]).abs().max() > 0.1
+
+
+def test_a_given_clip_is_read_at_the_speed_that_is_asked_for(tiny: Path, clip: Path) -> None:
+    model = load_model(checkpoint.newest(tiny), CPU.device)
+    s = SampleConfig(mode="predict", text="four", fps=4.0, input=str(clip.with_suffix(".gif")))
+    assert sample.stride_of(model, s) == 2 and sample.stride_of(model, SampleConfig()) == 1
+    Image.new("L", (16, 16)).save(clip.with_suffix(".gif"), save_all=True, duration=125, append_images=[
+        Image.new("L", (16, 16), 20 * n) for n in range(1, 9)])
+    x = sample.source(model, s, 4)
+    assert [round((value + 1) * 127.5) for value in x[0, 0, :, 0, 0].tolist()] == [0, 40, 80, 120]
 
 
 def test_w_r_0_is_off(tiny: Path, tmp_path: Path) -> None:
@@ -810,6 +843,15 @@ def test_bad_settings_in_a_checkpoint_are_one_sentence(sampling: object, tiny: P
     assert "x.pt holds no model" in mistaken(tiny, ["--checkpoint", tmp_path / "x.pt"], capsys)
 
 
+def test_a_checkpoint_may_carry_a_weight_for_captions_without_a_caption(tiny: Path, tmp_path: Path) -> None:
+    content = checkpoint.load(checkpoint.newest(tiny))
+    checkpoint.save(tmp_path / "x.pt", content | {"sampling": {"all": {"w": 2.0}}})
+    checkpoint.save(tmp_path / "y.pt", content | {"sampling": {}})
+    plain = program(tmp_path / "y.pt", "--text", "four", "--w", 2, "--out", tmp_path).video
+    assert torch.equal(program(tmp_path / "x.pt", "--text", "four", "--out", tmp_path).video, plain)
+    program(tmp_path / "x.pt", "--out", tmp_path)  # of no use there, but no mistake
+
+
 def test_a_checkpoint_cannot_say_where_files_go(tiny: Path) -> None:
     model = dataclasses.replace(load_model(checkpoint.newest(tiny), CPU.device), sampling={
         "all": {"out": "/", "input": "x", "device": "cuda", "steps": 3}})
@@ -887,6 +929,7 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "delta with ddim": (["--sampler", "ddim", "--delta", "0.1"], "--delta"),
     "gamma with dpm_solver": (["--sampler", "dpm_solver", "--gamma", "0.1"], "--gamma"),
     "replacement of small frames": ("--mode cascade --method replacement".split(), "--method replacement"),
+    "small frames that guide nothing": ("--mode super_resolve --w_r 0".split(), "--w_r 0"),
     "base without cascade": (["--base", "nowhere"], "--base"),
     "base is missing": (["--mode", "cascade", "--base", "nowhere"], "nowhere"),
     "base of the wrong size": (lambda tiny, folder: ["--mode", "cascade", "--base", tiny], "1 x 16 px"),

@@ -89,6 +89,9 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
 def fit(s: Settings, machine: Machine) -> None:
     """The training loop: steps, metrics, previews and checkpoints, until --steps or a signal to stop."""
     state, stop = new_state(s, machine.device), stop_signals()
+    if machine.rank == 0:  # only now it is known that these settings can go on
+        with checkpoint.replacing(Path(s.train.out) / "config.json") as file:
+            file.write_text(json.dumps(s.flat(), indent=1))
     network = parallel(state.model, machine, s.train.shard)
     if s.train.compile:  # last, so that it cuts the graph where processes exchange gradients
         network = torch.compile(network)
@@ -151,6 +154,8 @@ def finish(state: State, s: Settings, stop: list[int], failed: bool, machine: Ma
     path = save_state(state, s, machine)
     out = shlex.quote(s.train.out)
     go_on = f"python train.py --resume {out}"
+    if machine.world > 1:  # fewer processes would see other clips
+        go_on = f"torchrun --nproc_per_node={machine.world} train.py --resume {out}"
     if failed:
         if machine.rank > 0:
             return
@@ -180,9 +185,12 @@ def loss_curve(folder: Path) -> str:
     try:
         return f"loss curve: {plot_loss(folder)}"
     except ImportError:
-        return f"loss curve: pip install matplotlib && python -m experiments.plots --run {folder}"
-    except OSError:
+        run = shlex.quote(str(folder))
+        return f"loss curve: pip install matplotlib && python -m experiments.plots --run {run}"
+    except FileNotFoundError:
         return "no loss was logged yet"
+    except OSError as error:
+        return f"no loss curve: {error}"
 
 
 # ---- the program -----------------------------------------------------------------------------------------
@@ -210,8 +218,6 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
     with checkpoint.locked(folder):
         if any(folder.glob("checkpoint_*.pt")) and not (s.train.resume and folder.samefile(before)):
             raise ValueError(f"{folder} holds a run already: --resume {folder}, or give another --out")
-        with checkpoint.replacing(folder / "config.json") as file:
-            file.write_text(json.dumps(s.flat(), indent=1))
         announce(s, machine)
         yield
 
@@ -241,7 +247,8 @@ def less_memory(s: Settings) -> str:
     if s.train.batch_size > 1:
         half, twice = s.train.batch_size // 2, 2 * s.train.accumulate
         return f"--batch_size {half} --accumulate {twice} takes less, for about as many clips a step"
-    return "one clip does not fit: only a smaller --size, --frames or --dim takes less"
+    return ("one clip does not fit: a smaller --num_images, --size, --frames or --dim takes less, and --shard on "
+            "several GPUs")
 
 
 def main() -> None:

@@ -248,7 +248,9 @@ def isolate(frames: int, num_images: int, device: torch.device) -> Tensor:
 
 
 def per_frame(y: Tensor, frames: int) -> Tensor:
-    """(b, k, ...), one for the clip and then one for each image frame, as (b, frames, ...)."""
+    """(b, k, ...), one for the clip and then one for each image frame, as (b, frames, ...). If k is frames,
+    each frame has its own already.
+    """
     images = y[:, 1:]
     video = y[:, :1].repeat_interleave(frames - images.shape[1], 1)
     return torch.cat([video, images], 1)

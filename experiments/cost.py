@@ -128,7 +128,9 @@ def memory(s: Settings, checkpointing: bool) -> str:
 
 
 def show(s: Settings) -> None:
-    """Prints what the settings cost."""
+    """Prints what the settings cost. Raises ValueError for an autoencoder, which is not counted."""
+    if s.train.arch == "autoencoder":
+        raise ValueError("networks that diffuse are counted, and not --arch autoencoder")
     print(line(s))
     for checkpointing in (False, True):
         print(memory(s, checkpointing), flush=True)
@@ -141,7 +143,7 @@ def main() -> None:
         show(read_settings(flags))
         return
     for preset, values in PRESETS.items():
-        if values.get("arch") != "autoencoder":  # which has no network that diffuses
+        if values.get("arch") != "autoencoder":
             show(read_settings(["--preset", preset, *flags]))
 
 

@@ -293,7 +293,7 @@ def link(classes: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Trains the networks that measure, with --steps 2500 --out features_32.pt as the shipped ones were."""
+    """Trains the networks that measure."""
     cfg, = config.parse(FeatureConfig)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     nets = train(cfg)

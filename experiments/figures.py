@@ -1,6 +1,6 @@
 """The pictures of GUIDE.md, drawn by this code from the shipped weights: python -m experiments.figures NAME.
 
-NAME is all, or a function in the second half of this file. All random numbers have seed 0.
+NAME is all, or a function in the second half of this file.
 """
 import argparse
 import copy
@@ -174,7 +174,10 @@ def noise(steps: int) -> Any:
         rows[f"λ = {level:g}"] = z[0, :, ::2]
     figure, axes = strips(rows, (), ["λ", "α and σ"], 2.5, 7)
     t = torch.linspace(0, 1, 201)
-    for name, shift, line in (("the paper's", 1, "-"), ("ours: σ/α times 3", 3, "--")):
+    schedules = [
+        ("the paper's", 1, "-"),
+        ("ours: σ/α times 3", 3, "--")]
+    for name, shift, line in schedules:
         curve = cosine_logsnr(t) - 2 * np.log(shift)
         alpha, sigma = alpha_sigma(curve)
         axes["λ"].plot(t, curve, line, color=GREY, label=name)
@@ -214,7 +217,8 @@ def denoising(steps: int) -> Any:
     denoise = watched(captioned("a 3", 1.0), seen)
     z = noise_like(latents(), g)
     sample(denoise, z, levels(steps), generator=g)
-    shown = [seen[i] for i in np.linspace(0, steps - 1, 8).round().astype(int)]
+    numbers = np.linspace(0, steps - 1, 8)
+    shown = [seen[round(number)] for number in numbers]
     rows = {
         "z, decoded": frame_8([z for z, _ in shown]),
         "x̂": frame_8([x_hat for _, x_hat in shown])}
@@ -269,10 +273,11 @@ def mask(steps: int) -> Any:
     trained attention under it.
     """
     rows = {}
-    for name, w_t, at in (
-            ("w_t = 0", 0.0, 0.0),
-            ("w_t = 1, λ > −3", 1.0, -3.0),
-            ("w_t = 1, λ > −8", 1.0, -8.0)):
+    weights = [
+        ("w_t = 0", 0.0, 0.0),
+        ("w_t = 1, λ > −3", 1.0, -3.0),
+        ("w_t = 1, λ > −8", 1.0, -8.0)]
+    for name, w_t, at in weights:
         rows[name] = drawn(UNCAPTIONED, seed=3, steps=steps, w_t=w_t, w_t_from=at)
     figure, axes = strips(rows, (), ["may", "does"], 3.4, 7)
     may = isolate(20, 4, torch.device("cpu"))

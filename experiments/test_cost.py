@@ -65,6 +65,12 @@ def test_without_a_preset_all_are_printed(monkeypatch, capsys):
     assert [line.split(":")[0] for line in lines] == [name for name in PRESETS if name != "autoencoder"]
 
 
+def test_an_autoencoder_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(cost.sys, "argv", ["cost", "--preset", "autoencoder"])
+    with pytest.raises(ValueError, match="not --arch autoencoder"):
+        cost.main()
+
+
 @pytest.mark.slow
 def test_flags_of_training_change_what_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(cost, "memory", lambda *_: "")
