@@ -229,5 +229,5 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise  # PyTorch's are known by name: this file does without torch
-        fail("out of memory: training takes less with a lower --batch_size, or --checkpointing, and sampling "
-             "with a lower --num")
+        fail("out of memory: training takes less with a lower --batch_size and a higher --accumulate, or with "
+             "--checkpointing, and sampling with a lower --num")

@@ -336,7 +336,7 @@ CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: ca
     (CPU_FULL, [], ["--batch_size", "--accumulate", "--checkpointing", "--num"]),
     (GPU_FULL, [], ["memory: --checkpointing takes"]),
     (GPU_FULL, ["--checkpointing"], ["--batch_size 1 --accumulate 2 takes"]),  # half of what TINY has
-    (GPU_FULL, ["--checkpointing", "--batch_size", 1], ["smaller --size"])])  # nothing is left to divide
+    (GPU_FULL, ["--checkpointing", "--batch_size", 1], ["smaller --num_images, --size", "--shard"])])  # nothing is left to divide
 def test_out_of_memory_names_the_levers(error: Exception, flags: list, levers: list, monkeypatch: MonkeyPatch,
                                         tmp_path: Path, capsys: CaptureFixture) -> None:
     def loss(*given: object, **more: object) -> None:

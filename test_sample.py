@@ -447,7 +447,8 @@ def test_the_first_frames_of_a_block_are_the_last_of_the_one_before(
     for i in range(1, len(starts)):
         shared = starts[i - 1] + 4 - starts[i]  # k, more in the last block
         assert shared >= k and blocks[i][0].known.tolist() == [frame < shared for frame in range(4)]
-        assert torch.equal(blocks[i][0].x[:, :, :shared], blocks[i - 1][1][:, :, -shared:])  # not its first
+        before = blocks[i - 1][1][:, :, -shared:]  # not its first
+        assert (blocks[i][0].x[:, :, :shared] - before).abs().max() < 1e-3
         assert (blocks[i][1] - blocks[i][0].x)[:, :, :shared].abs().max() < 1e-3  # and they stay
         assert (video[:, :, starts[i] : starts[i] + 4] - blocks[i][1]).abs().max() < 1e-3
     assert (video[:, :, :4] - blocks[0][1]).abs().max() < 1e-3 and video.std() > 0.1
@@ -502,7 +503,7 @@ def test_the_result_made_small_is_what_was_given(mode: str, frames: int, every: 
     for (_, before), (given, _) in zip(blocks, blocks[1:]):  # small frames, and the block before
         if given.known.any():
             shared = int(given.known.sum())
-            assert given.low is not None and torch.equal(given.x[:, :, :shared], before[:, :, -shared:])
+            assert given.low is not None and (given.x[:, :, :shared] - before[:, :, -shared:]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("scale", [2, 4])
