@@ -743,6 +743,16 @@ def stopped(program: dict, folder: Path, number: int, beyond: int) -> tuple[int,
         return process.returncode, out, err
 
 
+def test_a_run_of_several_processes_goes_on_with_as_many(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    for name in ("save_state", "preview", "loss_curve"):
+        monkeypatch.setattr(train, name, lambda *_: "")
+    s = settings.read_settings([*TINY, "--out", "runs/a b"])
+    for world, command in ((1, "python train.py"), (8, "torchrun --nproc_per_node=8 train.py")):
+        with pytest.raises(SystemExit):
+            train.finish(types.SimpleNamespace(step=1), s, [], False, Machine(torch.device("cpu"), world=world))
+        assert f"to go on: {command} --resume 'runs/a b'\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_ctrl_c_and_sigterm_save_and_print_a_command_that_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a run"  # with a blank: the command must be quoted
