@@ -84,8 +84,9 @@ def test_its_commands_run_as_typed(tmp_path):
             assert words[0] == "pip" or words == ["python", "-m", "pytest", "-q"]  # this is it
 
 
-PICTURES = {"generate": "--mode generate --num 6", "interpolate": "--mode interpolate --num 6",
-            "extend": "--mode extend"}
+PICTURES = {"generate": '--mode generate --num 6 --w 1 --text "a 2|a 3|a 5|a 6|a 7|a 9"',
+            "interpolate": "--mode interpolate --num 6",
+            "extend": '--mode extend --w 1 --text "a 3|a 5|a 6|a 8"'}
 
 
 @pytest.mark.slow
@@ -94,7 +95,7 @@ def test_its_pictures_are_what_its_commands_draw(name, tmp_path):
     assert f"python sample.py {PICTURES[name]}" in COMMANDS and f"](assets/{name}.gif)" in TEXT
     (tmp_path / "pretrained").symlink_to(HERE / "pretrained")  # and no runs/
     # the first clip is enough: it is the same whatever --num is
-    run([str(HERE / "sample.py"), *PICTURES[name].split(), "--num", "1", "--precision", "float32"], tmp_path)
+    run([str(HERE / "sample.py"), *shlex.split(PICTURES[name]), "--num", "1", "--precision", "float32"], tmp_path)
     drawn = frames(tmp_path / "samples" / f"{name}_001.gif")
     shown = frames(HERE / "assets" / f"{name}.gif")[:, :drawn.shape[1], :drawn.shape[2]]
     assert shown.shape == drawn.shape

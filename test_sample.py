@@ -737,7 +737,7 @@ RUN = {"arch": "unet3d", "steps": 10}
 
 
 def test_without_a_checkpoint_flag_the_newest_run_is_taken(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
-    names = ["pretrained/moving_mnist_64.pt", "runs/z/checkpoint_00000009.pt", "runs/a/checkpoint_00000005.pt",
+    names = ["pretrained/moving_mnist_32.pt", "runs/z/checkpoint_00000009.pt", "runs/a/checkpoint_00000005.pt",
              "runs/a/checkpoint_00000010.pt", "runs/b/.checkpoint_00000003.pt.1.tmp"]
     found = lookup(monkeypatch, tmp_path, *names)("")
     assert found == "runs/a/checkpoint_00000010.pt (your newest run)"
@@ -745,7 +745,7 @@ def test_without_a_checkpoint_flag_the_newest_run_is_taken(monkeypatch: MonkeyPa
 
 def test_a_run_that_has_not_done_half_of_its_steps_is_passed_over_and_named(monkeypatch: MonkeyPatch,
                                                                             tmp_path: Path) -> None:
-    shipped = "pretrained/uncaptioned_32.pt"
+    shipped = "pretrained/moving_mnist_32.pt"
     find = lookup(monkeypatch, tmp_path, shipped, "runs/young/checkpoint_00000004.pt")
     assert find("") == (f"{shipped} (shipped weights, since runs/young has not done half of its --steps: "
                         "--checkpoint runs/young takes it)")
@@ -765,10 +765,9 @@ def test_a_run_that_cannot_draw_what_is_asked_for_is_passed_over(monkeypatch: Mo
 
 def test_without_runs_the_weights_that_come_with_the_project_are_taken(monkeypatch: MonkeyPatch,
                                                                        tmp_path: Path) -> None:
-    shipped = [f"pretrained/{name}_64.pt" for name in ("uncaptioned", "moving_mnist")]
-    find = lookup(monkeypatch, tmp_path, *shipped, "runs/started/.checkpoint_00000003.pt.1.tmp")
-    found = [find(""), find("", "a 3")]
-    assert found == [f"{name} (shipped weights)" for name in shipped]
+    shipped = "pretrained/moving_mnist_32.pt"
+    find = lookup(monkeypatch, tmp_path, shipped, "runs/started/.checkpoint_00000003.pt.1.tmp")
+    assert find("") == find("", "a 3") == f"{shipped} (shipped weights)"
 
 
 def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
@@ -778,7 +777,7 @@ def test_without_any_checkpoint_there_is_one_sentence(monkeypatch: MonkeyPatch, 
 
 def test_a_run_folder_or_a_file_can_be_named(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     find = lookup(monkeypatch, tmp_path, "a run/checkpoint_00000001.pt", "a run/checkpoint_00000002.pt",
-                  "pretrained/moving_mnist_64.pt", "runs/newer/checkpoint_00000010.pt")
+                  "pretrained/moving_mnist_32.pt", "runs/newer/checkpoint_00000010.pt")
     assert find("a run") == "a run/checkpoint_00000002.pt (as given)"
     assert find("a run/checkpoint_00000001.pt") == "a run/checkpoint_00000001.pt (as given)"
 

@@ -27,14 +27,13 @@ from sampling import langevin, sample
 from text import embed
 from unet3d import TemporalMix, isolate
 
-SHIPPED, UNCAPTIONED = "moving_mnist_32", "uncaptioned_32"
 DIGIT = "a 9"  # of the clip that is looked at
 
 # ---- what is looked at -----------------------------------------------------------------------------------
 
 
 @cache
-def model(name: str = SHIPPED) -> Model:
+def model(name: str = "moving_mnist_32") -> Model:
     """Shipped weights, on the CPU."""
     return load_model(HERE / f"pretrained/{name}.pt", torch.device("cpu"))
 
@@ -67,9 +66,9 @@ def noised(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     return diffuse(x, logsnr, noise_like(x, seeded())), logsnr
 
 
-def unguided(name: str = SHIPPED) -> Denoiser:
-    """The denoiser of shipped weights without a caption."""
-    return denoiser(model(name).network, model(name).diffusion)
+def unguided() -> Denoiser:
+    """The denoiser without a caption."""
+    return denoiser(model().network, model().diffusion)
 
 
 def captioned(text: str, w: float = 0.0) -> Denoiser:
@@ -134,9 +133,9 @@ def two_frames(w_r: float, logsnrs: Tensor, delta: float = 0.0) -> Tensor:
     return frames[:, 0, 1, 0, 0]
 
 
-def drawn(name: str, **flags: Any) -> Tensor:
-    """A clip (1, 16, 32, 32) of shipped weights, by flags of SampleConfig."""
-    m = model(name)
+def drawn(**flags: Any) -> Tensor:
+    """A clip (1, 16, 32, 32), by flags of SampleConfig."""
+    m = model()
     s = SampleConfig(num=1, **flags)
     x = fill(m, s, nothing(m, s, 16))
     return x[0]
@@ -247,7 +246,7 @@ def weights(steps: int) -> Any:
     rows = {}
     text = "a 7 moving left"
     for w in (0.0, 1.0, 2.0, 4.0):
-        rows[f"w = {w:g}"] = drawn(SHIPPED, w=w, text=text, steps=steps)
+        rows[f"w = {w:g}"] = drawn(w=w, text=text, steps=steps)
     figure, _ = strips(rows)
     return figure
 
@@ -278,7 +277,7 @@ def mask(steps: int) -> Any:
         ("w_t = 1, λ > −3", 1.0, -3.0),
         ("w_t = 1, λ > −8", 1.0, -8.0)]
     for name, w_t, at in weights:
-        rows[name] = drawn(UNCAPTIONED, seed=3, steps=steps, w_t=w_t, w_t_from=at)
+        rows[name] = drawn(seed=3, steps=steps, w_t=w_t, w_t_from=at)
     figure, axes = strips(rows, (), ["may", "does"], 3.4, 7)
     may = isolate(20, 4, torch.device("cpu"))
     matrix(axes["may"], may, "16 frames, 4 images; white: may", cmap="gray")
@@ -297,12 +296,10 @@ def conditional(steps: int) -> Any:
     """Six given frames continued by replacement and by reconstruction guidance, without a caption; and
     two Gaussian frames, whose exact answer is known.
     """
-    coder = model(UNCAPTIONED).coder
-    x = real()
-    rows = {"truth": x[0]}
+    rows = {"truth": real()[0]}
     for w_r in (0.0, 3.0, 10.0, 20.0):
-        z = continued(unguided(UNCAPTIONED), coder.latents(x), 6, w_r, levels(steps), 0.3)
-        rows[method(w_r)] = coder.video(z)[0]
+        z = continued(unguided(), latents(), 6, w_r, levels(steps), 0.3)
+        rows[method(w_r)] = decoded(z)[0]
     figure, axes = strips(rows, range(6), ["two frames"], 2.5)
     axis = axes["two frames"]
     bars = dict(bins=60, range=(-1, 2.5), density=True, histtype="step")
@@ -367,7 +364,7 @@ def drift(steps: int) -> Any:
     """64 frames by both methods, seams marked, and the share of ten clips that show the digit of their first
     block, which both methods share, by frame.
     """
-    m = model(UNCAPTIONED)
+    m = model()
     features = load_features(HERE / "pretrained/features_32.pt")
     methods = {
         "replacement": dict(method="replacement"),

@@ -59,10 +59,7 @@ def calls() -> Any:
 def exchange() -> Any:
     """Whether a network uses the other frames for the shape of a digit, by log-SNR; 1: it does not."""
     figure, axes = panels([["ratio"]], (5, 2.8))
-    folders = {
-        "8x8 latents, no captions": "uncaptioned",
-        "4x4 latents": ".",
-        "MagicVideo": "magicvideo"}
+    folders = {"VDM": ".", "MagicVideo": "magicvideo"}
     for name, folder in folders.items():
         runs = raw(f"{folder}/exchange")["the model"]
         arms = {}
