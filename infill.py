@@ -213,7 +213,7 @@ def images(network: Callable) -> Callable:
 
 def captions(model: Model, s: SampleConfig) -> list[str]:
     """A caption for each clip: those of --text in turn, with the speed if training said it. Raises ValueError
-    if the model knows no captions, or no speeds (which captions of films name, nobody knows).
+    if the model knows no captions, or no speeds; whether captions of films said one is not known.
     """
     if not model.text.cond_dim:
         raise ValueError("--text needs a model trained with captions, and this one is unconditional")

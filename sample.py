@@ -265,7 +265,7 @@ def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
 
 
 def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor]:
-    """What --mode was given, and the video (B, C, T, H, W). Raises ValueError if small frames have no size."""
+    """What --mode was given, and the video (B, C, T, H, W). ValueError: --scale does not divide its size."""
     if s.mode in SMALL and model.data.size % s.scale:
         raise ValueError(f"--scale {s.scale} does not divide the model's {model.data.size} pixels")
     given = MODES[s.mode](model, s)
