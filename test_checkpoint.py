@@ -29,16 +29,20 @@ def equal(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
-def refused(path: Path) -> bool:
-    """Whether loading raises the one sentence; anything but a plain ValueError goes through."""
+def loaded(path: Path) -> dict | None:
+    """The content, or None where loading raises the one sentence; anything but a plain ValueError goes through."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            checkpoint.load(path)
+            return checkpoint.load(path)
         except ValueError as error:
             assert type(error) is ValueError and str(path) in str(error) and "\n" not in str(error)
-            return True
-    return False
+            return None
+
+
+def refused(path: Path) -> bool:
+    """Whether loading raises the one sentence."""
+    return loaded(path) is None
 
 
 @pytest.fixture
@@ -163,10 +167,11 @@ def test_a_flipped_byte_is_harmless_or_one_sentence(saved):
             damaged = bytearray(whole)
             damaged[position] ^= flip
             saved.write_bytes(damaged)
-            if refused(saved):
+            content = loaded(saved)  # once: PyTorch reads the version of some from memory that nobody wrote
+            if content is None:
                 found += 1
             else:  # padding, or a field of the archive that nothing reads
-                assert equal(checkpoint.load(saved), CONTENT)
+                assert equal(content, CONTENT)
     assert found > 20
 
 
