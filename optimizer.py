@@ -43,7 +43,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrices (..., m, n) with singular values near 1, by five Newton-Schulz iterations."""
+    """The matrices (n, rows, columns) with singular values near 1, by five Newton-Schulz iterations."""
     x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     rows, columns = x.shape[-2:]
     if rows > columns:
@@ -51,19 +51,23 @@ def orthogonal(matrix: Tensor) -> Tensor:
     if 2 * rows <= columns:
         return iterated(x @ x.mT) @ x
     for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        x = torch.baddbmm(x, polynomial(x @ x.mT), x, beta=3.4445)
     return x
+
+
+def polynomial(square: Tensor) -> Tensor:
+    """-4.775 s + 2.0315 s² of s = x @ x.mT. The iteration's constant, 3.4445, is added where it is used."""
+    return torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
 
 
 def iterated(square: Tensor) -> Tensor:
     """The product of the five iterations' polynomials, all of x @ x.mT: for long x a third of the work."""
-    one = torch.eye(square.shape[-1], device=square.device)
-    product = one
+    product = torch.eye(square.shape[-1], device=square.device).expand_as(square)
     for _ in range(5):
-        polynomial = 3.4445 * one - 4.775 * square + 2.0315 * square @ square
-        product = polynomial @ product
-        square = polynomial @ square @ polynomial
+        p = polynomial(square)
+        product = torch.baddbmm(product, p, product, beta=3.4445)
+        square = torch.baddbmm(square, p, square, beta=3.4445)
+        square = torch.baddbmm(square, square, p, beta=3.4445)
     return product
 
 

@@ -571,7 +571,8 @@ def test_orthogonal_keeps_the_singular_vectors_and_levels_their_values() -> None
     generator = torch.Generator().manual_seed(0)
     for shape in ((12, 20), (20, 12), (12, 30), (30, 12)):  # the last two are long
         u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
-        levelled = optimizer.orthogonal(u @ torch.diag(torch.linspace(1, 9, 12)) @ v)
+        matrix = u @ torch.diag(torch.linspace(1, 9, 12)) @ v
+        levelled, = optimizer.orthogonal(matrix[None])
         core = u.T @ levelled @ v.T
         assert torch.allclose(levelled, u @ core @ v, atol=1e-5)
         assert torch.allclose(core, torch.diag(core.diagonal()), atol=1e-5)
