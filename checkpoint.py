@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+NAMES = f"checkpoint_{'[0-9]' * 8}.pt"  # by step; a copy that somebody made has another name
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -64,13 +66,15 @@ def load(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # PyTorch itself compares no checksums
                 raise ValueError
-        content = content.get("content", content)  # two of the shipped files have it one level down
+        content = content.get("content", content)  # three of the shipped files have it one level down
         if not isinstance(content, dict):
             raise ValueError
         return content
     except (OSError, MemoryError):
         raise
-    except Exception:  # damaged files make torch.load raise nearly anything
+    except Exception as error:  # damaged files make torch.load raise nearly anything
+        if "allocate memory" in str(error):
+            raise
         raise ValueError(f"{path} is no checkpoint of this project, or it is damaged; where older ones lie "
                          "beside it, delete it and the newest of them is used") from None
 
@@ -100,10 +104,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def newest(*folders: Path) -> Path:
-    """The newest checkpoint_*.pt in the folders. Raises ValueError if there is none."""
+    """The newest checkpoint in the folders. Raises ValueError if there is none."""
     found = []
     for folder in folders:
-        found += sorted(folder.glob("checkpoint_*.pt"))[-1:]
+        found += sorted(folder.glob(NAMES))[-1:]
     if not found:
         raise ValueError(f"there is no checkpoint in {' or '.join(map(str, folders))}")
     return max(found, key=lambda path: path.stat().st_mtime)

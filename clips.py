@@ -71,8 +71,11 @@ def list_videos(data_dir: str, listing: str, split: str) -> tuple[Named, int]:
 
 
 def _found(root):
+    def refuse(error):
+        raise error
+
     clips, left, seen = [], Counter(), set()
-    for folder, inside, names in os.walk(root, followlinks=True):
+    for folder, inside, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # by a link
             inside.clear()
@@ -133,14 +136,16 @@ def _text(file):
 def _listed(listing, root):
     """A row is a path, and a caption or a class number (UCF-101), or it is one of Kinetics' csv files."""
     lines = _text(listing).splitlines(keepends=True)
-    if lines and "youtube_id" in lines[0]:
-        return _kinetics(csv.DictReader(lines), root)
     named = []
     try:
+        if lines and "youtube_id" in lines[0]:
+            return _kinetics(csv.DictReader(lines), root)
         for row in csv.reader(lines, skipinitialspace=True, strict=True):
             if row:
                 named.append(_row(row, root))
-    except csv.Error as error:
+    except KeyError as error:
+        raise ValueError(f"--list {listing}: it has no column {error}") from None
+    except (csv.Error, TypeError, ValueError) as error:
         raise ValueError(f"--list {listing}: {error}") from None
     return named
 
@@ -163,7 +168,7 @@ def _row(row, root):
         pattern = rf"(.+?(?:{endings})|[^\s,]+)(?:[\s,]+(.*))?"
         name, text = re.fullmatch(pattern, ", ".join(row).strip(), re.I | re.S).groups("")
     path = root / name
-    if not text or text.isdecimal():
+    if re.fullmatch(r"[\d\s]*", text):  # none, or numbers of frames and classes
         text = _caption(path, root)
     return path, " ".join(text.split())
 
@@ -178,7 +183,7 @@ def look(paths: Sequence[Path], root: Path) -> list[Sequence | str]:
     index, known = root / ".clips.json", {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # what is lost is made anew
         known = dict(json.loads(index.read_text()))
-    keys = [f"{os.path.relpath(path, root)} {stamp(path)}" for path in paths]
+    keys = [f"{os.path.relpath(path, root)} {stamp(path)} 2" for path in paths]  # 2: probe's second version
     new = {key: path for key, path in zip(keys, paths) if key not in known}
     try:
         with ThreadPoolExecutor() as pool:
@@ -248,7 +253,7 @@ def _read_as(config, rates, low):
     said = f"the middle of each, {config.size} x {config.size} px"
     if config.channels == 1:
         said += ", grey (--channels 3 keeps colours)"
-    if config.fps:
+    if config.fps and rates:
         said += f", at {config.fps:g} frames a second"
     elif rates:
         said += f", at its own rate, {min(rates):.4g} to {max(rates):.4g} frames a second"
@@ -257,7 +262,7 @@ def _read_as(config, rates, low):
     return said
 
 
-def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Generator, device: Any = None,
+def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Generator,
                  beside: dict | None = None) -> tuple:
     """n cuts of clips (n, C, F, S, S) as uint8, their captions, and the truth: which clips, and faults, a
     sentence for each that could not be read. beside: the truth of clips beside which single frames are to go.

@@ -174,10 +174,10 @@ def command_line(flags: dict[str, Flag], shown: Sequence[str] = (),
 
 
 def show(value: Any) -> str:
-    """A value as one would type it; an empty text is "none"."""
+    """A value as one would type it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return "none" if value == "" else str(value)
+    return str(value) or '""'
 
 
 # ---- settings from a checkpoint --------------------------------------------------------------------------
@@ -226,8 +226,9 @@ def run(main: Callable[[], None]) -> None:
         fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
-            raise  # PyTorch's are known by name: this file does without torch
+    except (RuntimeError, MemoryError) as error:
+        names = ("OutOfMemoryError", "MemoryError")  # PyTorch's by name: this file does without torch
+        if type(error).__name__ not in names and "allocate memory" not in str(error):
+            raise
         fail("out of memory: training takes less with a lower --batch_size and a higher --accumulate, or with "
              "--checkpointing, and sampling with a lower --num")

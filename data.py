@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 from clips import folder_clips, video_folder
 from files import to_float
 
-Device = str | torch.device
 Seed = int | tuple | np.random.Generator
 
 
@@ -58,7 +57,7 @@ class DataConfig:
 
 
 def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stride: int = 1,
-            device: Device = "cpu", workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]]]]:
+            device: str | torch.device = "cpu", workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]]]]:
     """Batches start, start + stride, ... on the device: x (B, C, F+K, H, W), and B lists of 1+K captions.
 
     A run resumes with start=i; rank r of n takes start=r, stride=n. workers are processes that make batches
@@ -76,7 +75,7 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
 def source_of(config: DataConfig) -> Callable[..., tuple]:
     """The function that makes the clips of config.dataset. ValueError: there is none, or no usable clip.
 
-    Called with (config, n, rng, device) it returns n clips (n, C, F, H, W), floats in [-1, 1] or uint8, as
+    Called with (config, n, rng) it returns n clips (n, C, F, H, W), floats in [-1, 1] or uint8, as
     config's channels, frames and size say; n captions, "" where there is none; and the truth: a dictionary of
     what else is known of the clips, such as labels, or {}. All that is random comes from rng, a NumPy
     Generator. A config.split of "test" wants clips that are never trained on, a frame_stride of (s,) every
@@ -117,12 +116,12 @@ class Batches(Dataset):
     def clips(self, n: int, rng: np.random.Generator) -> tuple:
         """n clips from source. Of several strides each clip draws one, and its caption says the speed."""
         if len(self.config.frame_stride) == 1:
-            return self.source(self.config, n, rng, "cpu")
+            return self.source(self.config, n, rng)
         xs, captions = [], []
         truth = {"clips": [], "faults": []}
         for stride in rng.choice(self.config.frame_stride, n).tolist():
             config = replace(self.config, frame_stride=(stride,))
-            x, (caption,), known = self.source(config, 1, rng, "cpu")
+            x, (caption,), known = self.source(config, 1, rng)
             xs.append(x)
             captions.append(f"{caption} at {config.rate / stride:g} fps")
             for name in truth:
@@ -136,8 +135,8 @@ class Batches(Dataset):
         clips then, and takes none of those.
         """
         if self.config.dataset == "video_folder":
-            return self.source(self.config, n, rng, "cpu", beside)
-        x, captions, truth = self.source(self.config, n, rng, "cpu")
+            return self.source(self.config, n, rng, beside)
+        x, captions, truth = self.source(self.config, n, rng)
         shown = rng.integers(0, self.config.frames, n)
         frames = x[np.arange(n), :, shown]  # (n, C, H, W)
         return frames[:, :, None], captions, truth
@@ -189,9 +188,9 @@ SHA256 = {
 DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down", "down right")
 
 
-def moving_mnist(config: DataConfig, n: int, seed: Seed, device: Device = "cpu") -> tuple:
+def moving_mnist(config: DataConfig, n: int, seed: Seed) -> tuple:
     """n clips (n, C, F, H, W) of digits at constant speed between walls (Srivastava et al. 2015), captions,
-    and the truth on the CPU: labels (n, digits) int64; positions (n, digits, F, 2), top-left (y, x) in
+    and the truth: labels (n, digits) int64; positions (n, digits, F, 2), top-left (y, x) in
     pixels, floats truncated when pasted. FileNotFoundError: no intact MNIST file.
     """
     rng = _rng(seed)
@@ -199,7 +198,7 @@ def moving_mnist(config: DataConfig, n: int, seed: Seed, device: Device = "cpu")
     room = config.size - patches.shape[-1]
     positions, sectors = _straight(config, labels.shape, room, rng)
     captions = _captions(config, labels, sectors, rng)
-    x = _paste(config, patches, positions, device)
+    x = _paste(config, patches, positions)
     return x, captions, {"labels": labels, "positions": positions}
 
 
@@ -267,15 +266,14 @@ def _names(digits):
     return " and ".join(f"a {digit}" for digit in digits)
 
 
-def _paste(config, patches, positions, device):
+def _paste(config, patches, positions):
     """Clips of patches (n, digits, side, side) uint8, with their top-left corners at positions."""
-    patches = patches.to(device)
-    corners = positions.long().to(device)
+    corners = positions.long()
     n, digits, frames, _ = corners.shape
     side = patches.shape[-1]
     canvas = patches.new_zeros(n * frames, config.size, config.size)
     windows = canvas.unfold(1, side, 1).unfold(2, side, 1)  # (n f) y x h w, a view of the canvas to write to
-    every = torch.arange(n * frames, device=canvas.device)
+    every = torch.arange(n * frames)
     for d in range(digits):
         y, x = rearrange(corners[:, d], "n f yx -> yx (n f)")
         patch = repeat(patches[:, d], "n h w -> (n f) h w", f=frames)

@@ -125,12 +125,15 @@ def _images(path, numbers, size, low):
     """The frames of these numbers, which rise."""
     if path.suffix.lower() in ARRAYS:
         yield from map(Image.fromarray, _as_bytes(_array(path), numbers, low))
-    elif path.suffix.lower() in FILMS:
-        yield from pictures(path, timeline(path, stamp(path))[numbers], size)
     elif path.is_dir():
         stills = _stills(path)
         for number in numbers:
-            yield Image.open(stills[number], formats=IMAGES)
+            image = Image.open(stills[number], formats=IMAGES)
+            if image.format == "TIFF" and image.n_frames > 1:
+                raise ValueError(f"{stills[number].name} holds several pictures")
+            yield image
+    elif path.suffix.lower() in FILMS:
+        yield from pictures(path, timeline(path, stamp(path))[numbers], size)
     else:
         image = Image.open(path, formats=IMAGES)  # Pillow goes by content, not by name
         for number in numbers:
@@ -149,7 +152,7 @@ def _animation(path, stamp):
             delay = 100  # milliseconds, as browsers take it
         delays.append(delay)
     # Writers merge equal neighbours: what lasts twice as long as most frames do was two.
-    times = np.rint(np.array(delays) / min(multimode(delays))).clip(1).astype(int)
+    times = np.ceil(np.array(delays) / min(multimode(delays)) - 0.5).clip(1).astype(int)
     return np.cumsum([0, *delays]) / 1000, np.repeat(np.arange(len(delays)), times)
 
 
@@ -198,12 +201,16 @@ def _as_bytes(array, numbers, low):
 def _fit(image, size, channels):
     if image.width * image.height > MAX_FRAME:
         raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame")
+    image = ImageOps.exif_transpose(image)  # a telephone says in it where up is
     if image.mode == "F":
         raise ValueError("floats in a picture, whose range nobody knows")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() >= 2**16:
+            raise ValueError("a picture with values beyond 16 bits")
+        image = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = image.convert({1: "L", 3: "RGB"}[channels])
+    image = image.convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels)
 
@@ -278,7 +285,7 @@ def _cells(pixels, known):
     b, f, h, w, _ = pixels.shape
     cells = np.full((b, f, h + 4, w + 4, 3), GREY, np.uint8)
     if known is not None:
-        cells[torch.as_tensor(known).cpu().expand(b, f)] = ORANGE
+        cells[torch.as_tensor(known).cpu().expand(b, f).numpy()] = ORANGE
     cells[:, :, 2:-2, 2:-2] = pixels
     return cells
 

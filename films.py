@@ -53,7 +53,7 @@ def pictures(path: Path, times: Sequence[float], size: int) -> Iterator[Image.Im
 def _opened(path):
     import av  # optional, and only for films
 
-    with av.open(str(path), container_options={"protocol_whitelist": "file"}) as film:
+    with av.open(f"file:{path}", container_options={"protocol_whitelist": "file"}) as film:
         stream = film.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             raise ValueError("no moving pictures in it")
@@ -77,7 +77,7 @@ def _timed(film, stream, items):
     for number, item in enumerate(items):
         if film.format.name in COUNTED:
             yield float(number / stream.guessed_rate), item
-        else:
+        elif item.pts is not None:  # the second field of an interlaced frame has none
             yield float(item.pts * stream.time_base), item
 
 

@@ -47,7 +47,6 @@ class SampleConfig:
     w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
     w_t: float = 0.0  # [0, 100] weight of temporal guidance, away from what each frame is alone; ours
     w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
-    method: Literal["reconstruction", "replacement"] = "reconstruction"  # how given frames steer others
     w_r: float = 10.0  # [0, 10000] weight of reconstruction guidance; 0 is replacement alone
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside w_r; 1 is the paper, less guides more in noise
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
@@ -63,12 +62,12 @@ class SampleConfig:
     def __post_init__(self):
         if self.sampler != "ancestral" and (self.delta or self.gamma):
             raise ValueError("--delta and --gamma belong to --sampler ancestral")
+        if self.text.count("|") >= self.num:
+            raise ValueError(f"--text has {self.text.count('|') + 1} captions, and --num is {self.num}")
         if self.w and not self.text:
             raise ValueError("--w guides to a caption: it needs --text and a model trained with captions")
         if self.fps and not self.text:
             raise ValueError("--fps is said after a caption: it needs --text")
-        if self.method == "replacement" and self.mode in SMALL:
-            raise ValueError("--method replacement replaces whole frames, not small ones")
         if self.w_r == 0 and self.mode in SMALL:
             raise ValueError("--w_r 0 is replacement alone, which replaces whole frames, not small ones")
         if self.base and self.mode != "cascade":
@@ -117,14 +116,16 @@ def nothing(model: Model, s: SampleConfig, frames: int) -> Given:
 
 
 def show(given: Given, where: slice, x: Tensor) -> Given:
-    """given, with the frames x (B, C, n, H, W) known at where."""
+    """Writes the known frames x (B, C, n, H, W) into given, at where, and returns it."""
     given.x[:, :, where] = x.to(given.x.device)
     given.known[where] = True
     return given
 
 
 def show_small(given: Given, stride: int, small: Tensor) -> Given:
-    """given, with every stride-th frame seen as small (B, C, n, H / scale, W / scale)."""
+    """Writes into given what every stride-th frame is made small, (B, C, n, H / scale, W / scale), and
+    returns it.
+    """
     b, c, _, h, w = small.shape
     given.low = torch.zeros(b, c, len(given.known), h, w, device=given.x.device)
     given.low[:, :, ::stride] = small.to(given.x.device)
@@ -152,9 +153,9 @@ def load_model(path: Path, device: torch.device) -> Model:
                          "python train.py --latent")
     try:
         return rebuilt(content, device)
-    except torch.OutOfMemoryError:
-        raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if "memory" in str(error):  # there is too little of it
+            raise
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} holds no model that this version can build: {reason}") from None
 
@@ -267,7 +268,7 @@ def generators(seed: int, clips: int) -> list[torch.Generator]:
     """
     found = []
     for clip in range(clips):
-        number = np.random.SeedSequence((seed, clip, 0)).generate_state(1)
+        number = np.random.SeedSequence((seed, clip)).generate_state(1)
         found.append(torch.Generator().manual_seed(int(number[0])))
     return found
 
@@ -299,8 +300,7 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
     constrain = identity
     if known.any():
         constrain = replacement(given.x, known, noise)
-    guides = given.low is not None or (known.any() and s.method == "reconstruction")
-    if guides and s.w_r:
+    if s.w_r and (given.low is not None or known.any()):
         def observe(x: Tensor) -> Tensor:
             small = None
             if given.low is not None:
@@ -317,8 +317,9 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
         denoise = clipped(denoise)
     if s.sampler == "ancestral":
         return sample(denoise, z, logsnrs, s.gamma, s.delta, constrain, noise)
-    deterministic = {"ddim": ddim, "dpm_solver": dpm_solver}[s.sampler]
-    return deterministic(denoise, z, logsnrs, constrain)
+    if s.sampler == "ddim":
+        return ddim(denoise, z, logsnrs, constrain)
+    return dpm_solver(denoise, z, logsnrs, constrain)
 
 
 def seen(given: Given, s: SampleConfig, video: Tensor, small: Tensor | None) -> Tensor:

@@ -162,4 +162,6 @@ class MagicVideo(UNet3D):
 
 def build_network(arch: str, config: MagicVideoConfig) -> UNet3D:
     """The network of --arch."""
-    return {"unet3d": UNet3D, "magicvideo": MagicVideo}[arch](config)
+    if arch == "magicvideo":
+        return MagicVideo(config)
+    return UNet3D(config)

@@ -42,12 +42,12 @@ class Muon(torch.optim.AdamW):
         torch._foreach_add_(parameters, list(steps), alpha=-length)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal(matrices: Tensor) -> Tensor:
     """The matrices (n, rows, columns) with singular values near 1, by five Newton-Schulz iterations."""
-    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    rows, columns = x.shape[-2:]
+    _, rows, columns = matrices.shape
     if rows > columns:
-        return orthogonal(matrix.mT).mT
+        return orthogonal(matrices.mT).mT
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if 2 * rows <= columns:
         return iterated(x @ x.mT) @ x
     for _ in range(5):

@@ -38,7 +38,7 @@ PIXELS: Flags = dict(  # the paper's own way, Adam and a constant rate, at the s
 
 AUTOENCODER: Flags = dict(  # makes the latents of cpu, of single frames
     arch="autoencoder", size=32, digits=1, frames=1, num_images=0, factor=8, latent_channels=16, width=16,
-    attention_resolutions=(4,), lr=2e-3, warmup=100, batch_size=64, steps=6_000)
+    lr=2e-3, warmup=100, batch_size=64, steps=6_000)
 
 # ---- the paper's appendix: what its models share, then each model ----------------------------------------
 
@@ -84,10 +84,10 @@ PRESETS: dict[str, Flags] = {
 FITS: dict[str, list[tuple[float, int, bool]]] = {  # peaks counted on fake tensors, a fifth more, and 1 GiB
     "cuda": [(5.0, 32, False), (0.0, 32, True)],
     "pixels": [
-        (64.0, 32, False),
-        (33.0, 16, False),
-        (17.0, 32, True),
-        (10.0, 16, True),
+        (45.0, 32, False),
+        (24.0, 16, False),
+        (13.0, 32, True),
+        (8.0, 16, True),
         (0.0, 8, True)]}
 
 # ---- how their checkpoints are sampled: for all modes, then what a mode has of its own -------------------

@@ -5,6 +5,8 @@ a Given, which infill.py answers.
 """
 import itertools
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,7 @@ def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
     """
     if not s.base and not s.input:
         frames = s.frames or model.network.config.frames
-        return test_clips(model, s, frames)[:, :, ::s.stride], frames
+        return held_out_clips(model, s, frames)[:, :, ::s.stride], frames
     if s.frames:
         return source(model, s, (s.frames - 1) // s.stride + 1), s.frames
     x = source(model, s, 0)
@@ -106,17 +108,17 @@ def source(model: Model, s: SampleConfig, frames: int) -> Tensor:
     if s.base:
         return drawn_by_base(model, s, frames)
     if not s.input:
-        return test_clips(model, s, frames)
+        return held_out_clips(model, s, frames)
     data, size, stride = model.data, model.data.size, 1
     if s.mode in SMALL:
         size //= s.scale
-    if Path(s.input).suffix not in ARRAYS:  # an array is at the model's speed already
+    if Path(s.input).suffix.lower() not in ARRAYS:  # an array is at the model's speed already
         stride = stride_of(model, s)
     x = load_video(s.input, size, data.channels, frames, stride, data.fps)
     return x.expand(s.num, -1, -1, -1, -1)
 
 
-def test_clips(model: Model, s: SampleConfig, frames: int) -> Tensor:
+def held_out_clips(model: Model, s: SampleConfig, frames: int) -> Tensor:
     """Clips of the test split (B, C, frames, H, W); clip i is the same whatever --num is."""
     stride = (stride_of(model, s),)
     data = replace(model.data, split="test", frames=frames, num_images=0, frame_stride=stride)
@@ -183,8 +185,8 @@ def progress_of(run: Path, text: bool) -> float:
         return 0.0
 
 
-CARRIED = ("sampler", "steps", "gamma", "delta", "text", "w", "fps", "w_t", "w_t_from", "method",
-           "w_r", "w_r_power", "overlap", "num", "frames")  # what a checkpoint may say
+CARRIED = ("sampler", "steps", "gamma", "delta", "text", "w", "fps", "w_t", "w_t_from", "w_r",
+            "w_r_power", "overlap", "num", "frames")  # what a checkpoint may say
 
 
 def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
@@ -200,10 +202,9 @@ def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
             chosen[name] = value
     if model.data.num_images == 0:
         chosen.pop("w_t", None)  # no images to be away from
-    method = given.get("method", chosen.get("method"))
-    if mode in ("predict", "extend") and directed(model) and method != "replacement":
+    if mode in ("predict", "extend") and directed(model):
         if given.get("w_r"):
-            raise ValueError(f"--w_r steers nothing that --mode {mode} draws here: give --method replacement")
+            raise ValueError(f"--w_r steers nothing that --mode {mode} draws here: it must be 0")
         chosen["w_r"] = 0.0
     for name, value in forced(chosen, given).items():
         print(f"{name} {config.show(chosen[name])} → {config.show(value)}, which goes with your flags")
@@ -270,6 +271,8 @@ def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor]:
         raise ValueError(f"--scale {s.scale} does not divide the model's {model.data.size} pixels")
     given = MODES[s.mode](model, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
+    if not os.access(s.out, os.W_OK):
+        raise ValueError(f"--out {s.out} cannot be written to")
     if s.base:  # which used this seed already, and drew what the text says
         s = replace(s, seed=s.seed + 1)
         if not model.text.cond_dim:
@@ -279,15 +282,16 @@ def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor]:
 
 def sheet(model: Model, s: SampleConfig, given: Given, video: Tensor) -> tuple[Tensor, Tensor, int]:
     """For modes that are given small frames: of each clip what was given, what was drawn and, of test clips,
-    the truth, (n B, C, T, H, W); which frames were given (n B, T); and n.
+    the truth, (n B, C, T, H, W); which frames were given (n B, T); and how many of these clips lie in a row.
     """
     low = given.low.flatten(1, 2)  # (B, C T, h, w)
     rows = [nnf.interpolate(low, scale_factor=s.scale).view(video.shape), video]
     if not s.input and not s.base:
-        rows.append(test_clips(model, s, video.shape[2]).to(video.device))
+        rows.append(held_out_clips(model, s, video.shape[2]).to(video.device))
     marks = torch.zeros(len(video), len(rows), video.shape[2], dtype=torch.bool)
     marks[:, 0] = given.low_known
-    return torch.stack(rows, 1).flatten(0, 1), marks.flatten(0, 1), len(rows)
+    columns = len(rows) * math.ceil(len(video) / 32)  # or many clips become higher than a WebP may be
+    return torch.stack(rows, 1).flatten(0, 1), marks.flatten(0, 1), columns
 
 
 def frames_per_second(model: Model, s: SampleConfig) -> float:
@@ -310,10 +314,10 @@ def main() -> None:
 
 
 def free_name(folder: Path, mode: str) -> Path:
-    """folder/mode_001, or the first number that no GIF and no folder has: no sample is overwritten."""
+    """folder/mode_001, or the first number that no file has: nothing is overwritten."""
     for number in itertools.count(1):
         path = folder / f"{mode}_{number:03d}"
-        if not path.exists() and not path.with_suffix(".gif").exists():
+        if not any(folder.glob(f"{path.name}*")):
             return path
 
 

@@ -20,7 +20,7 @@ from text import TextConfig
 @dataclass
 class TrainConfig:
     """How to train."""
-    preset: str = ""  # cpu, cuda, ucf101, ...: other defaults than shown here; without it one that fits
+    preset: str = ""  # cpu, cuda, ucf101, ...: values of the flags that are not given; by default one that fits
     arch: Literal["unet3d", "magicvideo", "autoencoder"] = "unet3d"  # what is trained; see GUIDE.md
     init: str = ""  # run or checkpoint whose averaged weights and network a new run begins with
     latent: str = ""  # run or checkpoint of an autoencoder, in whose latents the network diffuses
@@ -107,6 +107,8 @@ def read_settings(argv: list[str] | None = None) -> Settings:
             if "init" in given or values.get("arch") == "autoencoder":
                 latent = ""
             elif latent:
+                if values.get("dataset", "moving_mnist") != "moving_mnist":
+                    raise ValueError(f"--preset {preset} is in latents of digits: give another one, or --latent")
                 latent = str(HERE / latent)  # it comes with the project
         before.update(start_of(given.get("init", ""), latent))
         return before | fitting(preset, given) | {"preset": preset, "latent": latent}
@@ -191,6 +193,8 @@ def read_run(flag: str, path: str) -> tuple[Path, dict[str, Any], Settings]:
 def check(s: Settings) -> None:
     """Raises ValueError for settings that do not fit each other."""
     train = s.train
+    if s.data.dataset == "moving_mnist" and (s.data.data_dir or s.data.list):
+        raise ValueError("--data_dir and --list are for --dataset video_folder")
     if train.arch == "autoencoder":
         if train.latent:
             raise ValueError("--arch autoencoder goes without --latent")

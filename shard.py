@@ -26,9 +26,9 @@ def split(networks: list[nn.Module]) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of outputs that are changed in place: none is
     for network in networks:
         network.to(memory_format=torch.contiguous_format)  # it takes no other
-        for part in network.modules():
-            if isinstance(part, Block):
-                fully_shard(part, reshard_after_forward=True)
+        for module in network.modules():
+            if isinstance(module, Block):
+                fully_shard(module, reshard_after_forward=True)
         fully_shard(network, reshard_after_forward=True)
 
 

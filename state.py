@@ -81,9 +81,9 @@ def weights_of(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
     path, content, _ = read_run(flag, getattr(s.train, flag))
     try:
         yield content
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if "memory" in str(error):  # there is too little of it
+            raise
         word = "resume" if s.train.resume else "start"
         reason = s.changes() or "no flag explains it"
         raise ValueError(f"--{flag} {path} holds another network: {reason}; {word} without flags that "
@@ -122,6 +122,6 @@ def save_state(state: State, s: Settings, machine: Machine) -> Path:
     path = Path(s.train.out) / f"checkpoint_{state.step:08d}.pt"
     if machine.rank == 0:
         checkpoint.save(path, content)
-        for old in sorted(path.parent.glob("checkpoint_*.pt"))[:-s.train.keep]:
+        for old in sorted(path.parent.glob(checkpoint.NAMES))[:-s.train.keep]:
             old.unlink()
     return path

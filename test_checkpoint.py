@@ -221,6 +221,22 @@ def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
     assert checkpoint.newest(tmp_path / "a") == tmp_path / "a/checkpoint_00000002.pt"
 
 
+@pytest.mark.parametrize("name", ["checkpoint_best.pt", "checkpoint_00000001 (copy).pt", "checkpoint_00000001_2.pt"])
+def test_a_copy_that_somebody_made_is_none_of_the_runs(tmp_path, name):
+    for own in ("checkpoint_00000001.pt", name):
+        (tmp_path / own).touch()
+    assert checkpoint.newest(tmp_path).name == "checkpoint_00000001.pt"
+
+
+def test_too_little_memory_is_not_a_damaged_file(saved, monkeypatch):
+    def full(*given, **more):
+        raise RuntimeError("unable to mmap 99 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+        checkpoint.load(saved)
+
+
 def test_a_folder_without_a_checkpoint_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         checkpoint.newest(tmp_path)

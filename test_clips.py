@@ -187,6 +187,35 @@ def test_kinetics_csv_without_labels_has_clips_without_captions(tmp_path):
     assert listed(tmp_path, text, name="train.csv") == [("abcdefghijk_000000_000010.mp4", "")]
 
 
+@pytest.mark.parametrize("text, words", [
+    ("label,youtube_id,time_start,time_end\na,b,1\n", "train.csv"),
+    ("youtube_id,start,end\nb,1,2\n", "train.csv: it has no column 'time_start'"),
+    ("youtube_id,time_start,time_end\nb,1.5,2\n", "train.csv: invalid literal")])
+def test_another_csv_than_kinetics_is_one_sentence(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        listed(tmp_path, text, name="train.csv")
+
+
+def test_numbers_of_frames_and_classes_are_no_captions(tmp_path):
+    (tmp_path / "walk").mkdir()
+    array(tmp_path / "walk/v1.npy")
+    assert listed(tmp_path, "walk/v1.npy 163 1\n") == [("walk/v1.npy", "walk")]
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    array(tmp_path / "a/0.npy")
+    honest = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return honest(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        clips.list_videos(str(tmp_path), "", "train")
+
+
 def test_a_folder_of_frames_may_be_the_working_directory(tmp_path, monkeypatch):
     for number in range(3):
         Image.new("L", (16, 16), number).save(tmp_path / f"{number}.png")

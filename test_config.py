@@ -288,6 +288,15 @@ def test_a_users_error_ends_a_program_with_one_sentence_and_status_2(error, caps
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and "no such" in err and "thing" in err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_sentence(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit):
+        config.run(main)
+    assert "error: out of memory: " in capsys.readouterr().err
+
+
 def test_a_bug_is_shown_with_its_traceback():
     with pytest.raises(ZeroDivisionError):
         config.run(lambda: 1 / 0)

@@ -97,13 +97,13 @@ def test_two_channels_are_refused():
         batches(replace(SMALL, channels=2), 1, 0)
 
 
-def grey(config, n, rng, device):
+def grey(config, n, rng):
     """A data set of somebody's own: frame f of a clip has the grey that its caption says, and f more."""
     shades = rng.integers(100, 200, n)
     frames = shades[:, None] + np.arange(config.frames) * config.frame_stride[0]
     pixels = torch.from_numpy(frames).byte()[:, None, :, None, None]
     shown = pixels.expand(n, config.channels, config.frames, config.size, config.size)
-    return shown.to(device), [str(shade) for shade in shades], {"shades": shades}
+    return shown, [str(shade) for shade in shades], {"shades": shades}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -266,7 +266,7 @@ def test_frames_are_the_maximum_of_the_digits_at_truncated_positions():
 
 def test_where_digits_cross_the_brighter_one_is_seen():
     pair, corner = torch.tensor([[[[200]], [[100]]]], dtype=torch.uint8), torch.zeros(1, 2, 1, 2)
-    assert to_bytes(data._paste(DataConfig(size=1), pair, corner, "cpu")).item() == 200
+    assert to_bytes(data._paste(DataConfig(size=1), pair, corner)).item() == 200
 
 
 def test_smaller_sizes_average_the_digit():

@@ -84,6 +84,40 @@ def test_floats_in_a_picture_are_refused(tmp_path):
         decode(tmp_path, 16, 1)
 
 
+def test_pictures_of_a_telephone_are_upright(tmp_path):
+    tag = Image.Exif()
+    tag[0x0112] = 6  # turn it to the right
+    lying = np.zeros((16, 16), np.uint8)
+    lying[:, :8] = 200  # white on the left, which is up once it is turned
+    Image.fromarray(lying).save(tmp_path / "0.png", exif=tag)
+    upright = decode(tmp_path, 16, 1)[0, 0]
+    assert upright[:8].min() == 200 and upright[8:].max() == 0
+
+
+def test_several_pictures_in_one_file_are_no_frame(tmp_path):
+    animation(tmp_path / "0.tif", NOISE, 100)
+    with pytest.raises(ValueError, match="0.tif holds several pictures"):
+        decode(tmp_path, 16, 1)
+    assert probe(tmp_path / "0.tif")[0] == 16  # but a clip
+
+
+def test_values_beyond_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((16, 16), 100_000, np.int32)).save(tmp_path / "0.tif")
+    with pytest.raises(ValueError, match="beyond 16 bits"):
+        decode(tmp_path, 16, 1)
+
+
+def test_a_folder_of_frames_may_have_the_name_of_its_film(tmp_path):
+    (tmp_path / "a.avi").mkdir()
+    Image.new("L", (16, 16), 40).save(tmp_path / "a.avi/0.png")
+    assert decode(tmp_path / "a.avi", 16, 1)[0, 0, 8, 8] == 40
+
+
+def test_delays_that_take_turns_are_a_frame_each(tmp_path):
+    path = animation(tmp_path / "a.gif", NOISE, [30, 20] * 8)  # 40 frames a second, in hundredths
+    assert probe(path)[0] == 16
+
+
 # ---- arrays ------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +181,11 @@ def test_the_given_frames_may_differ_from_clip_to_clip(tmp_path):
         with Image.open(save_video(x, tmp_path / "v", known=marks)[2]) as strip:
             margins = np.array(strip)[::68, ::68]
         assert ((margins == files.ORANGE).all(-1) == known.numpy()).all()
+
+
+def test_the_only_frame_that_was_not_given_has_no_orange_margin(tmp_path):
+    _, _, strip = save_video(torch.zeros(1, 1, 1, 16, 16), tmp_path / "a", torch.tensor([False]))
+    assert np.asarray(Image.open(strip))[0, 0].tolist() == list(files.GREY)
 
 
 @pytest.mark.parametrize("columns, shape", [(0, (2, 2)), (1, (3, 1)), (3, (1, 3)), (4, (1, 4))])

@@ -223,6 +223,28 @@ def test_music_with_a_cover_is_no_film(tmp_path):
         probe(tmp_path / "a.mp4")
 
 
+def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    film(tmp_path / "a.mp4", 5).rename(tmp_path / "10:00.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert probe(Path("10:00.mp4"))[0] == 5
+
+
+def test_the_second_field_of_a_frame_is_no_frame():
+    class Item:
+        def __init__(self, pts):
+            self.pts = pts
+
+    class Stream:
+        time_base = Fraction(1, 2)
+
+    class Film:
+        format = Stream
+        Stream.name = "mpegts"
+
+    items = [Item(0), Item(None), Item(1), Item(None)]
+    assert [time for time, _ in films._timed(Film, Stream, items)] == [0.0, 0.5]
+
+
 # ---- pictures --------------------------------------------------------------------------------------------
 
 

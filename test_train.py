@@ -838,6 +838,11 @@ def short_clip(folder: Path) -> list:
     return ["--dataset", "video_folder", "--data_dir", folder]
 
 
+def out_beside_clips(folder: Path) -> list:
+    np.save(folder / "clip.npy", np.zeros((9, 16, 16), np.uint8))
+    return ["--dataset", "video_folder", "--data_dir", folder, "--out", folder / "runs/a"]
+
+
 MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "size not divisible": (["--size", "18", "--dim_mults", "1,2,4"], "frames of 18 px, which are not divisible by 4"),
     "unknown preset": (["--preset", "ucf"], "--preset ucf is not one of cpu, cuda, films, pixels, autoencoder, ucf101"),
@@ -858,8 +863,10 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
                                  "is not for --arch autoencoder"),
     "no data_dir": (["--dataset", "video_folder"], "data_dir is ''"),
     "missing data_dir": (["--dataset", "video_folder", "--data_dir", "nowhere"], "data_dir is 'nowhere'"),
+    "a folder of clips for digits": (["--data_dir", "clips"], "--dataset video_folder"),
     "empty data_dir": (lambda folder: ["--dataset", "video_folder", "--data_dir", folder], "no usable clip"),
     "clips too short": (short_clip, "3 frames, 4 needed"),
+    "out among the clips": (out_beside_clips, "lies in --data_dir"),
     "nothing to resume": (["--resume", "nowhere"], "nowhere"),
     "resume from garbage": (garbage, "is no checkpoint of this project"),
     "resume from a foreign checkpoint": (foreign, "checkpoint_00000002.pt"),
@@ -883,6 +890,12 @@ def test_a_mistake_ends_with_one_sentence_and_status_2(
     assert len(lines) == 1 and lines[0].startswith("train.py: error: ") and expected in lines[0], lines
     left = [path for path in sorted(tmp_path.rglob("*")) if path.name != ".clips.json"]  # looked at, at least
     assert left == before, "something was left behind"
+
+
+def test_a_preset_in_latents_of_digits_is_not_for_films(capsys: CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        settings.read_settings("--preset cpu --dataset video_folder --data_dir .".split())
+    assert "--preset cpu is in latents of digits" in capsys.readouterr().err
 
 
 def test_another_shape_cannot_be_resumed(whole: Recorded, monkeypatch: MonkeyPatch,

@@ -41,7 +41,7 @@ def embed(captions: list[str], config: TextConfig) -> Tensor:
     return embedded
 
 
-SPEED = re.compile(r"(.*?)(?: at (\d{1,4}(?:\.\d*)?(?:e-\d+)?) fps)?", re.DOTALL)
+SPEED = re.compile(r"(.*?)(?: at (\d{1,4}(?:\.\d*)?(?:e-\d+)?) fps)?", re.DOTALL)  # 1e-05: as :g writes it
 
 
 def _wave(fps, dim):
@@ -64,7 +64,7 @@ def _words(caption, config):
 @lru_cache(maxsize=100_000)
 def _vector(word, dim):
     # Not hash(), which differs between runs.
-    seed = int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[:7], "big")
+    seed = int.from_bytes(hashlib.sha256(word.encode(errors="surrogatepass")).digest()[3:7], "big")
     return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
 
 

@@ -54,7 +54,8 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
                machine: Machine) -> tuple[Tensor, float]:
     """One optimizer step over --accumulate micro-batches. Returns the mean loss and the gradient's norm.
 
-    A gradient that is not finite is not applied, and the step counts in fp16 alone, whose scale then falls.
+    A gradient that is not finite is not applied. In fp16 the step counts all the same, and from then on the
+    loss is scaled less.
     """
     total = torch.zeros((), device=machine.device)
     for part in range(s.train.accumulate):
@@ -124,7 +125,7 @@ def fit(s: Settings, machine: Machine) -> None:
                         "lr": state.optimizer.param_groups[0]["lr"],
                         "clips_per_second": clips * len(losses) / (time.time() - begun)})
                 skipped, losses, begun = 0, [], time.time()
-            keep(state, s, machine)
+            write_due(state, s, machine)
     finish(state, s, stop, failed == allowed, machine)
 
 
@@ -139,7 +140,7 @@ def readers(s: Settings, machine: Machine) -> int:
     return max(1, machine.cores() // 2)
 
 
-def keep(state: State, s: Settings, machine: Machine) -> None:
+def write_due(state: State, s: Settings, machine: Machine) -> None:
     """Writes the checkpoint and the preview that are due after this step."""
     if state.step % s.train.save_every == 0:
         save_state(state, s, machine)
@@ -214,9 +215,12 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
     if machine.rank > 0:
         yield
         return
+    clips = Path(s.data.data_dir).resolve()
+    if s.data.dataset == "video_folder" and clips in (folder / "samples").resolve().parents:
+        raise ValueError(f"--out {folder} lies in --data_dir, so its previews would be clips: give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.locked(folder):
-        if any(folder.glob("checkpoint_*.pt")) and not (s.train.resume and folder.samefile(before)):
+        if any(folder.glob(checkpoint.NAMES)) and not (s.train.resume and folder.samefile(before)):
             raise ValueError(f"{folder} holds a run already: --resume {folder}, or give another --out")
         announce(s, machine)
         yield

@@ -105,7 +105,9 @@ class ResBlock(nn.Module):
 
 
 class SpatialMix(nn.Module):
-    """Softmax attention over the pixels of each frame; q, k, v: ((b f), pixels, heads, d)."""
+    """Softmax attention over the pixels of each frame; q, k, v: ((b f), pixels, heads, d). No frame sees
+    another, so mask, which is for TemporalMix, is not needed.
+    """
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (rearrange(y, "bf n heads d -> bf heads n d") for y in (q, k, v))
         with torch.autocast("cpu", enabled=False):
@@ -196,19 +198,19 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Condition and log-SNR as one vector (b, k, emb_dim), for per_frame.
+    """Condition and log-SNR as one vector (b, k, emb_dim), for per_frame; k is 1, m or frames.
 
-    log-SNR is 0-d or (b, 1, 1 or frames, 1, 1), tokens are (b, k, l, cond_dim). Attention pooling of the
-    tokens without any bias, so that c = 0 and no condition are the same thing.
+    log-SNR is 0-d or (b, 1, 1 or frames, 1, 1), tokens are (b, m, l, cond_dim) with m 1 or 1 + num_images.
+    Attention pooling of the tokens without any bias, so that c = 0 and no condition are the same thing.
     """
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.emb_dim = config.emb_dim
-        heads = 8
+        queries = 8
         if config.cond_dim:  # no idle parameters without a condition: DistributedDataParallel refuses them
-            query = torch.randn(heads, config.cond_dim) * config.cond_dim**-0.5
+            query = torch.randn(queries, config.cond_dim) * config.cond_dim**-0.5
             self.query = nn.Parameter(query)
-            self.value = nn.Linear(heads * config.cond_dim, config.emb_dim, bias=False)
+            self.value = nn.Linear(queries * config.cond_dim, config.emb_dim, bias=False)
         layers = []
         for _ in range(config.emb_layers):
             layers.append(nn.Linear(config.emb_dim, config.emb_dim))

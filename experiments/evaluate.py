@@ -70,7 +70,7 @@ def modes(lab: Lab) -> Arms:
 
     given = {
         "predict, 6 given": ("predict", slice(0, 6), {}),
-        "predict by replacement": ("predict", slice(0, 6), {"method": "replacement"}),
+        "predict by replacement": ("predict", slice(0, 6), {"w_r": 0.0}),
         "interpolate": ("interpolate", slice(0, None, 3), {})}
     return {
         **each(free, {"generate": ("generate", lab.length)}),
@@ -165,7 +165,7 @@ def extend(lab: Lab) -> Arms:
     known = torch.zeros(frames, dtype=torch.bool)
     blocks = infill.block_starts(known, lab.length, lab.length // 2)
     seams = [start + lab.length for start in blocks[:-1]]
-    methods = {"replacement": dict(method="replacement")}
+    methods = {"replacement": dict(w_r=0.0)}
     for w_r in (1, 3, 10):
         methods[f"reconstruction, w_r {w_r}"] = dict(w_r=float(w_r))
     if lab.model.data.num_images:

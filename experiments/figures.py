@@ -367,7 +367,7 @@ def drift(steps: int) -> Any:
     m = model()
     features = load_features(HERE / "pretrained/features_32.pt")
     methods = {
-        "replacement": dict(method="replacement"),
+        "replacement": dict(w_r=0.0),
         "w_r = 3": dict(w_r=3.0)}
     rows, shares = {}, {}
     for name, flags in methods.items():

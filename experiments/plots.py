@@ -30,7 +30,7 @@ def line(axis: Any, arms: dict[float, Runs], column: str, label: str) -> None:
     for runs in arms.values():
         values = [run[column] for run in runs]
         means.append(np.mean(values))
-        spreads.append(np.std(values))
+        spreads.append(np.std(values, ddof=1))
     axis.errorbar(list(arms), means, spreads, fmt="o-", ms=3, capsize=2, label=label)
 
 
