@@ -103,14 +103,14 @@ class Autoencoder(nn.Module):
         means = [self.encode(clips)[0] for clips in x.split(at_once)]
         return torch.cat(means) * self.scale
 
-    def decoded(self, z: Tensor) -> Tensor:
-        """The video of the scaled latents z, not clipped: guidance differentiates it."""
+    def unclamped(self, z: Tensor) -> Tensor:
+        """The video of the scaled latents z, which guidance differentiates: so it is not clamped."""
         return self.decode(z / self.scale)
 
     @torch.no_grad()
     def video(self, z: Tensor) -> Tensor:
         """The video, in [-1, 1], of what was drawn."""
-        return self.decoded(z).clamp(-1, 1)
+        return self.unclamped(z).clamp(-1, 1)
 
 
 class Pixels:
@@ -123,7 +123,7 @@ class Pixels:
     def latents(self, x: Tensor) -> Tensor:
         return x
 
-    def decoded(self, z: Tensor) -> Tensor:
+    def unclamped(self, z: Tensor) -> Tensor:
         return z
 
     def video(self, z: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def _found(root):
         seen.add(real)
         inside[:] = sorted(name for name in inside if name[0] != ".")
         paths = {Path(folder, name) for name in names if name[0] != "."}
-        here = set(filter(_is_clip, paths))
+        here = set(filter(_is_clip_file, paths))
         stills = {path for path in paths if path.suffix.lower() in STILLS}
         if stills and not here:
             here = {Path(folder)}  # a folder of frames
@@ -98,7 +98,7 @@ def _found(root):
     return [(clip, _caption(clip, root)) for clip in sorted(clips, key=natural)]
 
 
-def _is_clip(path):
+def _is_clip_file(path):
     kind = path.suffix.lower()
     if kind not in (".png", ".webp"):
         return kind in CLIPS
@@ -191,7 +191,7 @@ def look(paths: Sequence[Path], root: Path) -> list[Sequence | str]:
             known.update(zip(new, tqdm(answers, "looking at clips", len(new), disable=len(new) < 100)))
     finally:
         if new:
-            _write(known, index)
+            _keep(known, index)
     return [known[key] for key in keys]
 
 
@@ -207,7 +207,7 @@ def _answer(path):
         return str(error)
 
 
-def _write(known, index):
+def _keep(known, index):
     whole = {key: answer for key, answer in known.items() if not isinstance(answer, str)}
     with contextlib.suppress(OSError), replacing(index) as file:
         file.write_text(json.dumps(whole))

@@ -166,14 +166,14 @@ def command_line(flags: dict[str, Flag], shown: Sequence[str] = (),
     for name in dict.fromkeys([*shown, *flags]):
         flag, text = flags[name], argparse.SUPPRESS
         if name in shown:
-            text = f"{flag.comment} (here: {show(values[name])})".replace("%", "%%")
+            text = f"{flag.comment} (here: {typed(values[name])})".replace("%", "%%")
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
         groups[flag.group].add_argument(f"--{name}", help=text, **flag.kind())
     return parser
 
 
-def show(value: Any) -> str:
+def typed(value: Any) -> str:
     """A value as one would type it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))

@@ -304,7 +304,7 @@ def draw_block(denoise: Denoiser, given: Given, model: Model, s: SampleConfig,
         def observe(x: Tensor) -> Tensor:
             small = None
             if given.low is not None:
-                small = smaller(model.coder.decoded(x), s.scale)
+                small = smaller(model.coder.unclamped(x), s.scale)
             return seen(given, s, x, small)
         x_a = seen(given, s, given.x, given.low)
         denoise = reconstruction_guided(denoise, x_a, observe, s.w_r, s.w_r_power)

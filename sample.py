@@ -207,7 +207,7 @@ def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--w_r steers nothing that --mode {mode} draws here: it must be 0")
         chosen["w_r"] = 0.0
     for name, value in forced(chosen, given).items():
-        print(f"{name} {config.show(chosen[name])} → {config.show(value)}, which goes with your flags")
+        print(f"{name} {config.typed(chosen[name])} → {config.typed(value)}, which goes with your flags")
         chosen[name] = value
     return chosen
 
@@ -251,7 +251,7 @@ def model_and_settings() -> tuple[Model, SampleConfig, Machine]:
         chosen = decide(model, given)
         print(f"{path} ({reason}), step {model.step}: {model.data.dataset}, "
               f"{model.network.config.frames} frames of {model.data.size} px")
-        listed = [f"--{name} {config.show(chosen[name])}" for name in chosen if name not in given]
+        listed = [f"--{name} {config.typed(chosen[name])}" for name in chosen if name not in given]
         if listed:
             print(f"chosen with it: {' '.join(listed)}")
         found.update(model=model, machine=machine)

@@ -114,7 +114,7 @@ def read_settings(argv: list[str] | None = None) -> Settings:
         return before | fitting(preset, given) | {"preset": preset, "latent": latent}
 
     s = Settings(*config.parse(*PARTS, argv=argv, first=FIRST, defaults=defaults), before)
-    check(s)
+    check_together(s)
     return s
 
 
@@ -190,7 +190,7 @@ def read_run(flag: str, path: str) -> tuple[Path, dict[str, Any], Settings]:
     return file, content, Settings(*config.rebuild(found, *PARTS))
 
 
-def check(s: Settings) -> None:
+def check_together(s: Settings) -> None:
     """Raises ValueError for settings that do not fit each other."""
     train = s.train
     if s.data.dataset == "moving_mnist" and (s.data.data_dir or s.data.list):

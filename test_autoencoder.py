@@ -140,7 +140,7 @@ def test_measured_latents_have_unit_variance_and_are_scaled_back():
 
 def test_the_coder_of_pixels_changes_nothing_and_stands_in_for_an_autoencoder():
     coder, x = Pixels(), 2 * noise(1, 1, 3, 8, 8)
-    assert coder.latents(x) is x and coder.decoded(x) is x
+    assert coder.latents(x) is x and coder.unclamped(x) is x
     assert torch.equal(coder.video(x), x.clamp(-1, 1))
     assert coder.bounded and not Autoencoder(AutoencoderConfig(width=8)).bounded
     assert all(hasattr(Autoencoder, name) for name in dir(coder))
