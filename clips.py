@@ -71,11 +71,11 @@ def list_videos(data_dir: str, listing: str, split: str) -> tuple[Named, int]:
 
 
 def _found(root):
-    def refuse(error):
-        raise error
+    def tell(error):
+        print(f"left out, {error.filename}: {error.strerror}", file=sys.stderr)
 
     clips, left, seen = [], Counter(), set()
-    for folder, inside, names in os.walk(root, onerror=refuse, followlinks=True):
+    for folder, inside, names in os.walk(root, onerror=tell, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # by a link
             inside.clear()
@@ -96,6 +96,16 @@ def _found(root):
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
         print(f"left out of {root}: {kinds}", file=sys.stderr)
     return [(clip, _caption(clip, root)) for clip in sorted(clips, key=natural)]
+
+
+def holds(data_dir: str, path: Path) -> bool:
+    """Whether a clip at path would be one of the folder's."""
+    root, path = Path(data_dir).resolve(), path.resolve()
+    roots = [root]
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        roots = [root / "train", root / "test"]
+    hidden = any(part[0] == "." for part in path.parts[len(root.parts):])
+    return not hidden and any(folder in path.parents for folder in roots)
 
 
 def _is_clip_file(path):
@@ -145,7 +155,9 @@ def _listed(listing, root):
                 named.append(_row(row, root))
     except KeyError as error:
         raise ValueError(f"--list {listing}: it has no column {error}") from None
-    except (csv.Error, TypeError, ValueError) as error:
+    except TypeError:
+        raise ValueError(f"--list {listing}: a row of it ends too soon") from None
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"--list {listing}: {error}") from None
     return named
 

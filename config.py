@@ -209,6 +209,12 @@ def fail(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory. PyTorch says it in its own ways, and this file does without torch."""
+    words = "allocate memory|not enough memory|out of memory"
+    return isinstance(error, MemoryError) or re.search(words, f"{error}") is not None
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a program; ValueError and OSError carry a sentence for the user, all else is a bug and shown."""
     for stream in (sys.stdout, sys.stderr):
@@ -227,8 +233,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (RuntimeError, MemoryError) as error:
-        names = ("OutOfMemoryError", "MemoryError")  # PyTorch's by name: this file does without torch
-        if type(error).__name__ not in names and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         fail("out of memory: training takes less with a lower --batch_size and a higher --accumulate, or with "
              "--checkpointing, and sampling with a lower --num")

@@ -201,7 +201,8 @@ def _as_bytes(array, numbers, low):
 def _fit(image, size, channels):
     if image.width * image.height > MAX_FRAME:
         raise ValueError(f"oversized: over {MAX_FRAME} pixels a frame")
-    image = ImageOps.exif_transpose(image)  # a telephone says in it where up is
+    with contextlib.suppress(Exception):  # what a telephone says of where up is may be broken
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floats in a picture, whose range nobody knows")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would cut off at 255 instead of scaling

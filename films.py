@@ -77,7 +77,9 @@ def _timed(film, stream, items):
     for number, item in enumerate(items):
         if film.format.name in COUNTED:
             yield float(number / stream.guessed_rate), item
-        elif item.pts is not None:  # the second field of an interlaced frame has none
+        elif item.pts is None:
+            raise ValueError("frames that say no time, as when each field of a frame is stored by itself")
+        else:
             yield float(item.pts * stream.time_base), item
 
 

@@ -154,7 +154,7 @@ def load_model(path: Path, device: torch.device) -> Model:
     try:
         return rebuilt(content, device)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if "memory" in str(error):  # there is too little of it
+        if config.out_of_memory(error):
             raise
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} holds no model that this version can build: {reason}") from None

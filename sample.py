@@ -185,8 +185,7 @@ def progress_of(run: Path, text: bool) -> float:
         return 0.0
 
 
-CARRIED = ("sampler", "steps", "gamma", "delta", "text", "w", "fps", "w_t", "w_t_from", "w_r",
-            "w_r_power", "overlap", "num", "frames")  # what a checkpoint may say
+CARRIED = "sampler steps gamma delta w w_t w_t_from w_r w_r_power overlap".split()  # what a checkpoint may say
 
 
 def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
@@ -226,12 +225,8 @@ def forced(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             changes["sampler"] = "ancestral"
         else:
             changes |= {"delta": 0.0, "gamma": 0.0}
-    text = now.get("text")
-    if "input" in given:  # the clip says what is drawn
-        changes["text"] = ""
-        text = given.get("text")
-    if not text:
-        changes |= {"w": 0.0, "fps": 0.0}
+    if not given.get("text"):
+        changes["w"] = 0.0
     needed = {}
     for name, value in changes.items():
         if name in chosen and name not in given and chosen[name] != value:

@@ -193,7 +193,7 @@ def read_run(flag: str, path: str) -> tuple[Path, dict[str, Any], Settings]:
 def check_together(s: Settings) -> None:
     """Raises ValueError for settings that do not fit each other."""
     train = s.train
-    if s.data.dataset == "moving_mnist" and (s.data.data_dir or s.data.list):
+    if not train.resume and s.data.dataset == "moving_mnist" and (s.data.data_dir or s.data.list):
         raise ValueError("--data_dir and --list are for --dataset video_folder")
     if train.arch == "autoencoder":
         if train.latent:

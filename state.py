@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import checkpoint
+import config
 from autoencoder import Autoencoder, Pixels, frozen
 from data import batches
 from machine import Machine
@@ -82,7 +83,7 @@ def weights_of(flag: str, s: Settings) -> Iterator[dict[str, Any]]:
     try:
         yield content
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        if "memory" in str(error):  # there is too little of it
+        if config.out_of_memory(error):
             raise
         word = "resume" if s.train.resume else "start"
         reason = s.changes() or "no flag explains it"

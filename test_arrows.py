@@ -23,9 +23,9 @@ ARROWS = {  # file: the files named here that it may import
     "data": "files clips",
     "shard": "machine unet3d",
     "settings": "config presets data text magicvideo autoencoder diffusion checkpoint machine",
-    "state": "settings shard optimizer presets checkpoint machine data magicvideo autoencoder",
+    "state": "config settings shard optimizer presets checkpoint machine data magicvideo autoencoder",
     "progress": "settings state data text diffusion sampling machine files",
-    "train": "settings state shard progress optimizer config data text diffusion autoencoder machine checkpoint",
+    "train": "config settings state shard progress optimizer data clips text diffusion autoencoder machine checkpoint",
     "infill": "config data text unet3d magicvideo autoencoder diffusion guidance sampling checkpoint",
     "sample": "infill config data files machine autoencoder magicvideo checkpoint",
 }

@@ -188,7 +188,7 @@ def test_kinetics_csv_without_labels_has_clips_without_captions(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("label,youtube_id,time_start,time_end\na,b,1\n", "train.csv"),
+    ("label,youtube_id,time_start,time_end\na,b,1\n", "train.csv: a row of it ends too soon"),
     ("youtube_id,start,end\nb,1,2\n", "train.csv: it has no column 'time_start'"),
     ("youtube_id,time_start,time_end\nb,1.5,2\n", "train.csv: invalid literal")])
 def test_another_csv_than_kinetics_is_one_sentence(tmp_path, text, words):
@@ -202,8 +202,9 @@ def test_numbers_of_frames_and_classes_are_no_captions(tmp_path):
     assert listed(tmp_path, "walk/v1.npy 163 1\n") == [("walk/v1.npy", "walk")]
 
 
-def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
     array(tmp_path / "a/0.npy")
+    array(tmp_path / "b/0.npy")
     honest = os.scandir
 
     def scandir(path):
@@ -212,8 +213,18 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
         return honest(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError):
-        clips.list_videos(str(tmp_path), "", "train")
+    assert clips.list_videos(str(tmp_path), "", "train") == ([(tmp_path / "b/0.npy", "b")], 0)
+    assert capsys.readouterr().err == f"left out, {tmp_path / 'a'}: Permission denied\n"
+
+
+@pytest.mark.parametrize("out, inside", [
+    ("d/a.gif", True), ("d/runs/1/samples/a.gif", True), ("runs/a.gif", False), ("d/.runs/a.gif", False),
+    ("split/runs/a.gif", False), ("split/train/a.gif", True)])
+def test_what_would_be_a_clip_of_the_folder(tmp_path, out, inside):
+    (tmp_path / "split/train").mkdir(parents=True)
+    (tmp_path / "split/test").mkdir()
+    assert clips.holds(str(tmp_path / out.partition("/")[0] if not out.startswith("runs") else tmp_path / "d"),
+                       tmp_path / out) == inside
 
 
 def test_a_folder_of_frames_may_be_the_working_directory(tmp_path, monkeypatch):

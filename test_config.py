@@ -288,7 +288,8 @@ def test_a_users_error_ends_a_program_with_one_sentence_and_status_2(error, caps
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and "no such" in err and "thing" in err
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   RuntimeError("CUDA error: out of memory")])
 def test_too_little_memory_is_one_sentence(error, capsys):
     def main():
         raise error

@@ -94,6 +94,11 @@ def test_pictures_of_a_telephone_are_upright(tmp_path):
     assert upright[:8].min() == 200 and upright[8:].max() == 0
 
 
+def test_a_picture_is_read_whatever_is_said_of_its_upper_side(tmp_path):
+    Image.new("L", (16, 16), 40).save(tmp_path / "0.png", exif=b"garbage")
+    assert decode(tmp_path, 16, 1)[0, 0, 8, 8] == 40
+
+
 def test_several_pictures_in_one_file_are_no_frame(tmp_path):
     animation(tmp_path / "0.tif", NOISE, 100)
     with pytest.raises(ValueError, match="0.tif holds several pictures"):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import autoencoder
 import checkpoint
 import config
+from clips import holds
 from data import batches
 from diffusion import loss
 from machine import Machine, start, stop_signals
@@ -215,8 +216,7 @@ def prepare(s: Settings, machine: Machine) -> Iterator[None]:
     if machine.rank > 0:
         yield
         return
-    clips = Path(s.data.data_dir).resolve()
-    if s.data.dataset == "video_folder" and clips in (folder / "samples").resolve().parents:
+    if s.data.dataset == "video_folder" and not s.data.list and holds(s.data.data_dir, folder / "samples/step.gif"):
         raise ValueError(f"--out {folder} lies in --data_dir, so its previews would be clips: give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.locked(folder):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import checkpoint
 from diffusion import loss
 from experiments.lab import HERE, Arms, Lab, Numbers
 from infill import load_model
@@ -62,7 +63,7 @@ def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
         return done
     machine = dict(device=c.device, precision=c.precision, threads=c.threads)
     line = words(RECIPE | flags | machine | dict(out=folder, preview_every=100_000_000))
-    if any(folder.glob("checkpoint_*.pt")):  # it was interrupted
+    if any(folder.glob(checkpoint.NAMES)):  # it was interrupted
         line = words(dict(resume=folder))
     ended = subprocess.run([sys.executable, str(HERE / "train.py"), *line])
     if ended.returncode:
