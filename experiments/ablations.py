@@ -61,7 +61,9 @@ def trained(lab: Lab, flags: dict[str, Any], seed: int) -> Path:
     done = folder / f"checkpoint_{flags['steps']:08d}.pt"
     if done.exists():
         return done
-    machine = dict(device=c.device, precision=c.precision, threads=c.threads)
+    machine = dict(device=c.device, threads=c.threads)
+    if c.precision != "auto":  # the preset has one of its own
+        machine["precision"] = c.precision
     line = words(RECIPE | flags | machine | dict(out=folder, preview_every=100_000_000))
     if any(folder.glob(checkpoint.NAMES)):  # it was interrupted
         line = words(dict(resume=folder))

@@ -118,10 +118,10 @@ def memory(s: Settings, checkpointing: bool) -> str:
     each = (sixteen - one) / 15
     fitting = []
     for card in CARDS:
-        clips = 0
-        while one + (max(1, 2 * clips) - 1) * each <= 0.8 * card:
-            clips = max(1, 2 * clips)
-        fitting.append(f"{clips} in {card}")
+        clips = 1
+        while one + (clips - 1) * each <= 0.8 * card:
+            clips *= 2
+        fitting.append(f"{clips // 2} in {card}")
     flag = "--checkpointing" if checkpointing else "--no-checkpointing"
     return (f"  {flag}, modelled: {one:.1f} GiB with one clip at a time and {each:.2f} with each more; clips that "
             f"fit in GB, with a fifth to spare: {', '.join(fitting)}")

@@ -86,8 +86,8 @@ class Lab:
             known: Known | None = None,
             texts: Sequence[str] = (),
             **flags: Any) -> Tensor:
-        """--clips clips, by flags of SampleConfig; by default nothing is known of them, and what is said is what
-        flags say. Each has one of the texts, where they are given.
+        """--clips clips, by flags of SampleConfig; by default nothing is known of them. The caption is that of
+        the flags, or each clip has one of the texts, where they are given.
         """
         known = known or self.blank(self.length)
         parts = []
@@ -154,13 +154,13 @@ def open_lab(c: EvaluateConfig) -> Lab:
     model = infill.load_model(path, machine.device)
     features = load_features(HERE / c.features)
     size, digits = model.data.size, model.data.digits
-    known = features.settings
+    trained = features.settings
     if model.data.dataset != "moving_mnist":
         raise ValueError(f"{path} draws {model.data.dataset}, and --experiment measures moving_mnist alone")
     if c.experiment == "guidance" and not model.text.cond_dim:
         raise ValueError(f"{path} was trained without captions, and --experiment guidance needs them")
-    if (known["size"], known["digits"]) != (size, digits):
-        raise ValueError(f"--features {c.features} was trained on {known['digits']} digits at {known['size']} "
+    if (trained["size"], trained["digits"]) != (size, digits):
+        raise ValueError(f"--features {c.features} was trained on {trained['digits']} digits at {trained['size']} "
                          f"px, and {path} draws {digits} at {size} px: train others with experiments.features")
     return Lab(c, path, model, features, machine)
 

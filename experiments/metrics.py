@@ -26,7 +26,7 @@ def measure(
     """All that is said of clips x (B, C, F, H, W), on the CPU; real is what observe() returned last of real
     ones, features of frames and of clips.
 
-    Only beside the same of other real clips, as many as x has, does a number say how far x is from real.
+    A number means something only beside that of equally many real clips.
     """
     real_frames, real_clips = real
     classes, positions, probabilities, frames, clips = observe(x, features, digits)
