@@ -487,7 +487,7 @@ def test_the_first_preview_comes_after_30_steps_at_the_latest(monkeypatch: Monke
     s = settings.read_settings([*TINY, "--preview_every", "150"])
     state = types.SimpleNamespace()
     for state.step in range(1, 320):
-        train.keep(state, s, CPU)
+        train.write_due(state, s, CPU)
     assert steps == [30, 150, 200, 300]
 
 
