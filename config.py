@@ -212,7 +212,7 @@ def fail(sentence: str) -> NoReturn:
 def out_of_memory(error: Exception) -> bool:
     """Whether there was too little memory. PyTorch says it in its own ways, and this file does without torch."""
     words = "allocate memory|not enough memory|out of memory"
-    return isinstance(error, MemoryError) or re.search(words, f"{error}") is not None
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def run(main: Callable[[], None]) -> None:

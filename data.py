@@ -75,11 +75,11 @@ def batches(config: DataConfig, batch_size: int, seed: int, start: int = 0, stri
 def source_of(config: DataConfig) -> Callable[..., tuple]:
     """The function that makes the clips of config.dataset. ValueError: there is none, or no usable clip.
 
-    Called with (config, n, rng) it returns n clips (n, C, F, H, W), floats in [-1, 1] or uint8, as
-    config's channels, frames and size say; n captions, "" where there is none; and the truth: a dictionary of
-    what else is known of the clips, such as labels, or {}. All that is random comes from rng, a NumPy
-    Generator. A config.split of "test" wants clips that are never trained on, a frame_stride of (s,) every
-    s-th frame. The images of joint training are frames of more such clips.
+    Called with (config, n, rng) it returns n clips (n, C, F, H, W), floats in [-1, 1] or uint8, as config's
+    channels, frames and size say; n captions, "" where there is none; and the truth: a dictionary of what else
+    is known of the clips, such as labels, or {}. All that is random comes from rng, a NumPy Generator. A
+    config.split of "test" wants clips that are never trained on, a frame_stride of (s,) every s-th frame. The
+    images of joint training are frames of more such clips.
     """
     if config.dataset == "video_folder":
         found = video_folder(replace(config, num_images=0))  # so that a folder is looked at once for both

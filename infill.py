@@ -116,16 +116,14 @@ def nothing(model: Model, s: SampleConfig, frames: int) -> Given:
 
 
 def show(given: Given, where: slice, x: Tensor) -> Given:
-    """Writes the known frames x (B, C, n, H, W) into given, at where, and returns it."""
+    """Writes the known frames x (B, C, n, H, W) into given, at where, and returns given."""
     given.x[:, :, where] = x.to(given.x.device)
     given.known[where] = True
     return given
 
 
 def show_small(given: Given, stride: int, small: Tensor) -> Given:
-    """Writes into given what every stride-th frame is made small, (B, C, n, H / scale, W / scale), and
-    returns it.
-    """
+    """Writes every stride-th frame, made small (B, C, n, H / scale, W / scale), into given and returns given."""
     b, c, _, h, w = small.shape
     given.low = torch.zeros(b, c, len(given.known), h, w, device=given.x.device)
     given.low[:, :, ::stride] = small.to(given.x.device)

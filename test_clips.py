@@ -217,14 +217,13 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"left out, {tmp_path / 'a'}: Permission denied\n"
 
 
-@pytest.mark.parametrize("out, inside", [
-    ("d/a.gif", True), ("d/runs/1/samples/a.gif", True), ("runs/a.gif", False), ("d/.runs/a.gif", False),
-    ("split/runs/a.gif", False), ("split/train/a.gif", True)])
-def test_what_would_be_a_clip_of_the_folder(tmp_path, out, inside):
+@pytest.mark.parametrize("folder, out, inside", [
+    ("d", "d/a.gif", True), ("d", "d/runs/1/samples/a.gif", True), ("d", "runs/a.gif", False),
+    ("d", "d/.runs/a.gif", False), ("split", "split/runs/a.gif", False), ("split", "split/train/a.gif", True)])
+def test_what_would_be_a_clip_of_the_folder(tmp_path, folder, out, inside):
     (tmp_path / "split/train").mkdir(parents=True)
     (tmp_path / "split/test").mkdir()
-    assert clips.holds(str(tmp_path / out.partition("/")[0] if not out.startswith("runs") else tmp_path / "d"),
-                       tmp_path / out) == inside
+    assert clips.holds(str(tmp_path / folder), tmp_path / out) == inside
 
 
 def test_a_folder_of_frames_may_be_the_working_directory(tmp_path, monkeypatch):
