@@ -1,11 +1,11 @@
 """The experiments behind the tables of section 4: python -m experiments.evaluate --experiment NAME.
 
 Every experiment compares ways of drawing clips, each with --seeds seeds, and writes a Markdown table with the
-raw numbers beside it. But for modes, exchange and benchmark, what is drawn stands beside two real rows: as
+raw numbers beside it. In samplers, joint, guidance and extend what is drawn stands beside two real rows: as
 many clips of the test split (the floor), and as many whose every frame is from another clip (chance: good
 frames, no video).
-All but guidance draw without captions. joint, which trains models of its own, is in ablations.py, and
-benchmark, ten frames after ten, in benchmark.py.
+All but guidance draw without captions. joint, which trains models of its own, is in ablations.py; benchmark,
+ten frames after ten, and reader, how well digits are read, are in benchmark.py.
 """
 import dataclasses
 import inspect
@@ -31,7 +31,7 @@ import sample
 from diffusion import denoiser
 from experiments import metrics
 from experiments.ablations import joint
-from experiments.benchmark import benchmark
+from experiments.benchmark import benchmark, reader
 from experiments.features import checksum
 from experiments.lab import Arms, EvaluateConfig, Known, Lab, Numbers, each, known, made_small, open_lab
 
@@ -43,16 +43,16 @@ CALLS = (16, 64, 256)  # of the network in samplers: few, as many as sample.py, 
 def modes(lab: Lab) -> Arms:
     """Every mode with the settings that the checkpoint carries: what sample.py draws.
 
-    digit: share of the drawn frames that show the digit of what was given, or, where nothing was, the one that
-    most frames of their clip show. By chance 0.10, where nothing was given 0.28, and 0.19 over 64 frames. Real
-    clips have 0.99.
+    digit: share of the drawn frames that show the digits of what was given, or, where nothing was, those that
+    most frames of their clip show. Chance for one digit is 0.10, 0.28 where nothing was given, and 0.19 there
+    over 64 frames.
     """
     def free(case: tuple[str, int], seed: int) -> Numbers:
         mode, frames = case
-        classes, places, *_ = lab.observe(as_carried(lab, mode, lab.blank(frames), seed))
-        steps = metrics.steps(places)
+        seen = lab.observe(as_carried(lab, mode, lab.blank(frames), seed))
+        steps = metrics.steps(seen.places)
         return {
-            "digit": metrics.identity_kept(classes),
+            "digit": metrics.identity_kept(seen.classes),
             "step": steps.mean().item(),
             "largest_step": steps.amax(1).mean().item()}
 
@@ -94,6 +94,7 @@ def undrawn(lab: Lab) -> Arms:
     return each(arm, {
         "bicubic 2": partial(bicubic, scale=2),
         "bicubic 4": partial(bicubic, scale=4),
+        "real clips": Tensor.clone,
         "real clips, encoded and decoded": coded})
 
 
@@ -174,13 +175,13 @@ def extend(lab: Lab) -> Arms:
             methods[f"{name}, w_t 1"] = methods[name] | dict(w_t=1.0, w_t_from=-3.0)
 
     def judged(x: Tensor, seed: int) -> Numbers:
-        classes, places, *_ = lab.observe(x)
+        seen = lab.observe(x)
         return {
             **lab.measure(x),
-            "identity_kept_whole": metrics.identity_kept(classes),
-            "residual_whole": metrics.path_off(places, x.shape[-1], lab.stride),
-            "largest_step": metrics.steps(places).amax(1).mean().item(),
-            **metrics.seam(places, classes, seams)}
+            "identity_kept_whole": metrics.identity_kept(seen.classes),
+            "residual_whole": metrics.path_off(seen.places, x.shape[-1], lab.stride),
+            "largest_step": metrics.steps(seen.places).amax(1).mean().item(),
+            **metrics.seam(seen.places, seen.classes, seams)}
 
     def arm(method: dict[str, Any], seed: int) -> Numbers:
         x = lab.draw(seed, lab.blank(frames), steps=lab.c.calls, **method)
@@ -217,7 +218,7 @@ def exchange(lab: Lab) -> Arms:
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    modes, samplers, joint, guidance, extend, exchange, benchmark)}
+    modes, samplers, joint, guidance, extend, exchange, benchmark, reader)}
 
 # ---- the table -------------------------------------------------------------------------------------------
 

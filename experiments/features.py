@@ -3,7 +3,7 @@
 They are trained here on the labels that the generator of Moving MNIST knows: python -m experiments.features.
 """
 import hashlib
-import math
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import config
 from data import DataConfig, moving_mnist
 
 STRIDE = 2  # pixels per cell
+FAR = 8.0  # pixels: a digit that is read further than that from where it should be was misread
 
 
 @dataclass
@@ -104,7 +105,8 @@ class VideoNet(nn.Module):
 def strongest(p: Tensor, digits: int) -> tuple[Tensor, Tensor]:
     """The strongest cells of p (N, 10, h, w), as classes (N, digits) and centres (N, digits, 2) in pixels.
 
-    A centre is the mean over the 3 x 3 cells about the strongest; these count no more for the next digit.
+    A centre is the mean over the 3 x 3 cells about the strongest; these count no more for the next digit. So
+    of two digits nearer than 3 pixels on both axes one is not seen.
     """
     cells = _cells(p.shape[-1])
     every = torch.arange(len(p))
@@ -245,10 +247,19 @@ def load_features(path: str | Path) -> Features:
     return Features(*nets, saved["settings"], checksum(path))
 
 
+@dataclass
+class Seen:
+    """What the networks see in B clips of F frames."""
+    classes: Tensor  # (B, F, digits), linked
+    places: Tensor  # (B, F, digits, 2), the linked centres in pixels
+    kinds: Tensor  # (B F, 10), class probabilities of each frame
+    frames: Tensor  # (B F, 64), features of each frame
+    clips: Tensor  # (B, 64), features of each clip
+
+
 @torch.no_grad()
-def observe(x: Tensor, features: Features, digits: int) -> tuple[Tensor, ...]:
-    """In x (B, C, F, H, W) in [-1, 1]: linked classes (B, F, digits) and centres (B, F, digits, 2) in pixels,
-    the class probabilities of frames (B F, 10), their features (B F, 64), and those of clips (B, 64)."""
+def observe(x: Tensor, features: Features, digits: int) -> Seen:
+    """What the networks see in clips x (B, C, F, H, W) in [-1, 1]."""
     size = features.settings["size"]
     assert x.shape[-1] == size, f"{tuple(x.shape)} is not of size {size}"
 
@@ -264,7 +275,7 @@ def observe(x: Tensor, features: Features, digits: int) -> tuple[Tensor, ...]:
     places = places.unflatten(0, split)
     classes, places = link(classes, places)
     _, _, clips = batched(features.video, x)
-    return classes, places, kinds, pooled, clips
+    return Seen(classes, places, kinds, pooled, clips)
 
 
 def batched(net: Callable, x: Tensor) -> list[Tensor]:
@@ -274,19 +285,19 @@ def batched(net: Callable, x: Tensor) -> list[Tensor]:
 
 
 def link(classes: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Orders the digits (B, F, digits) and (B, F, digits, 2) of each frame like those of the first: each in
-    turn is the nearest one left to where its last two frames lead. The place alone decides, not the class."""
-    every = torch.arange(len(classes))
+    """Orders the digits (B, F, digits) and (B, F, digits, 2) of each frame like those of the first: of all
+    orders the one that is nearest, in sum, to where the last two frames lead. The class has no say, and how
+    far a misread place is has none either."""
+    digits = classes.shape[2]
+    orders = torch.tensor(list(itertools.permutations(range(digits))))  # (digits!, digits)
     kinds = [classes[:, 0]]
     track = [positions[:, 0]]
     for f in range(1, positions.shape[1]):
         ahead = 2 * track[-1] - track[max(f - 2, 0)]
-        away = torch.cdist(ahead, positions[:, f])
-        order = torch.zeros_like(classes[:, f])
-        for d in range(order.shape[1]):
-            order[:, d] = away[:, d].argmin(1)
-            away[every, :, order[:, d]] = math.inf
         here = positions[:, f]
+        away = torch.cdist(ahead, here).clamp(max=FAR)  # of each digit from each place
+        sums = away[:, torch.arange(digits), orders].sum(2)  # (B, digits!)
+        order = orders[sums.argmin(1)]
         kinds.append(classes[:, f].gather(1, order))
         track.append(here.take_along_dim(order[:, :, None], 1))
     return torch.stack(kinds, 1), torch.stack(track, 1)

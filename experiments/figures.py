@@ -17,7 +17,7 @@ from torch import Tensor
 
 import config
 from data import batches
-from diffusion import Denoiser, alpha_sigma, cosine_logsnr, denoiser, diffuse, noise_like, schedule
+from diffusion import Denoiser, DiffusionConfig, alpha_sigma, denoiser, diffuse, noise_like, schedule
 from experiments.features import load_features, observe
 from experiments.lab import HERE
 from experiments.panels import BLUE, GREY, ORANGE, image, matrix, panels, save, strip, strips
@@ -93,9 +93,8 @@ def frame_8(clips: list[Tensor]) -> Tensor:
     return decoded(torch.cat(clips))[:, :, 8].transpose(0, 1)
 
 
-def levels(steps: int, shift: float = 3.0) -> Tensor:
+def levels(steps: int, process: DiffusionConfig) -> Tensor:
     """The log-SNRs of a sampler, from noise to data."""
-    process = replace(model().diffusion, noise_shift=shift)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return schedule(times, process).float()
 
@@ -173,11 +172,11 @@ def noise(steps: int) -> Any:
         rows[f"λ = {level:g}"] = z[0, :, ::2]
     figure, axes = strips(rows, (), ["λ", "α and σ"], 2.5, 7)
     t = torch.linspace(0, 1, 201)
-    schedules = [
-        ("the paper's", 1, "-"),
-        ("ours: σ/α times 3", 3, "--")]
-    for name, shift, line in schedules:
-        curve = cosine_logsnr(t) - 2 * np.log(shift)
+    processes = [
+        ("the paper's", DiffusionConfig(), "-"),
+        ("ours: σ/α times 3", model().diffusion, "--")]
+    for name, process, line in processes:
+        curve = schedule(t, process)
         alpha, sigma = alpha_sigma(curve)
         axes["λ"].plot(t, curve, line, color=GREY, label=name)
         axes["α and σ"].plot(t, alpha, line, color=BLUE, label=f"α, {name}")
@@ -215,7 +214,7 @@ def denoising(steps: int) -> Any:
     g, seen = seeded(), []
     denoise = watched(captioned("a 3", 1.0), seen)
     z = noise_like(latents(), g)
-    sample(denoise, z, levels(steps), generator=g)
+    sample(denoise, z, levels(steps, model().diffusion), generator=g)
     numbers = np.linspace(0, steps - 1, 8)
     shown = [seen[round(number)] for number in numbers]
     rows = {
@@ -298,13 +297,13 @@ def conditional(steps: int) -> Any:
     """
     rows = {"truth": real()[0]}
     for w_r in (0.0, 3.0, 10.0, 20.0):
-        z = continued(unguided(), latents(), 6, w_r, levels(steps), 0.3)
+        z = continued(unguided(), latents(), 6, w_r, levels(steps, model().diffusion), 0.3)
         rows[method(w_r)] = decoded(z)[0]
     figure, axes = strips(rows, range(6), ["two frames"], 2.5)
     axis = axes["two frames"]
     bars = dict(bins=60, range=(-1, 2.5), density=True, histtype="step")
     for w_r in (0.0, 1.0, 2.0):
-        values = two_frames(w_r, levels(8 * steps, 1.0))
+        values = two_frames(w_r, levels(8 * steps, DiffusionConfig()))
         axis.hist(values, label=method(w_r), **bars)
     at = torch.linspace(-1, 2.5, 200)
     law = torch.distributions.Normal(0.9, 0.436)
@@ -374,8 +373,7 @@ def drift(steps: int) -> Any:
         s = SampleConfig(mode="extend", num=10, steps=3 * steps // 4, **flags)
         video = fill(m, s, nothing(m, s, 64))
         rows[name], rows[f"{name}, on"] = video[6].split(32, 1)
-        classes, *_ = observe(video, features, 1)
-        digits = classes[:, :, 0]
+        digits = observe(video, features, 1).classes[:, :, 0]
         own = digits[:, :16].mode(1, keepdim=True).values
         shares[name] = (digits == own).float().mean(0)
     figure, axes = strips(rows, (0, 8, 16, 24), ["share"], 2)

@@ -13,7 +13,7 @@ import checkpoint
 import infill
 from data import moving_mnist
 from experiments import metrics
-from experiments.features import Features, load_features, observe
+from experiments.features import Features, Seen, load_features, observe
 from infill import Given, Model, SampleConfig, nothing, show, show_small, smaller
 from machine import Machine, start
 
@@ -21,7 +21,7 @@ HERE = Path(__file__).parents[1]  # the clone
 Numbers = dict[str, float]  # what was measured
 Arms = dict[str, Callable[[int], Numbers]]  # by name, and each by seed
 Known = Callable[[SampleConfig, slice], Given]  # what is known of the clips of a slice
-Experiment = Literal["modes", "samplers", "joint", "guidance", "extend", "exchange", "benchmark"]
+Experiment = Literal["modes", "samplers", "joint", "guidance", "extend", "exchange", "benchmark", "reader"]
 
 
 @dataclass
@@ -34,11 +34,11 @@ class EvaluateConfig:
     reference: int = 256  # [2, 100000] real clips that every Frechet distance is taken to
     batch_size: int = 8  # [1, 1024] clips drawn at once
     seeds: int = 3  # [1, 100] seeds of each arm
-    calls: int = 64  # [2, 10000] network calls per clip or block, where they are not what is compared
-    frames: int = 64  # [17, 1000] extend: frames of the result
+    calls: int = 64  # [2, 10000] steps of the sampler, where they are not what is compared
+    frames: int = 64  # [17, 1000] extend and modes: frames of a long video
     only: str = ""  # a regular expression: arms in whose name it is found; by default all
-    samples: int = 10  # [1, 1000] benchmark: what is drawn of each clip
-    test_file: str = ""  # benchmark: the public mnist_test_seq.npy; by default clips of the same kind are made
+    samples: int = 10  # [2, 1000] benchmark: what is drawn of each clip
+    test_file: str = ""  # benchmark: the public mnist_test_seq.npy; by default test clips as in the training
     train_steps: int = 2000  # [1, 100000000] joint: optimizer steps of its small models
     out: str = "experiments/results"  # folder of NAME.md and NAME.json
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -110,18 +110,18 @@ class Lab:
 
     def digit_named(self, x: Tensor, truth: dict) -> float:
         """Share of the frames that show the digits of the truth."""
-        classes, *_ = self.observe(x)
-        return metrics.identity_true(classes, truth["labels"])
+        return metrics.identity_true(self.observe(x).classes, truth["labels"])
 
-    def observe(self, x: Tensor) -> tuple[Tensor, ...]:
-        """features.observe on clips x: linked classes, linked places, ..."""
+    def observe(self, x: Tensor) -> Seen:
+        """features.observe on clips x."""
         return observe(x, self.features, self.model.data.digits)
 
     @cached_property
     def reference(self) -> tuple[Tensor, Tensor]:
         """Features of the frames and of the clips that Frechet distances are taken to."""
         x, _, _ = self.real(10_000, clips=self.c.reference)
-        return self.observe(x)[3:]
+        seen = self.observe(x)
+        return seen.frames, seen.clips
 
     def bounds(
             self,
@@ -159,6 +159,8 @@ def open_lab(c: EvaluateConfig) -> Lab:
         raise ValueError(f"{path} draws {model.data.dataset}, and --experiment measures moving_mnist alone")
     if c.experiment == "guidance" and not model.text.cond_dim:
         raise ValueError(f"{path} was trained without captions, and --experiment guidance needs them")
+    if c.experiment == "exchange" and digits != 1:
+        raise ValueError(f"--experiment exchange exchanges one digit, and {path} draws {digits}")
     if (trained["size"], trained["digits"]) != (size, digits):
         raise ValueError(f"--features {c.features} was trained on {trained['digits']} digits at {trained['size']} "
                          f"px, and {path} draws {digits} at {size} px: train others with experiments.features")

@@ -3,6 +3,7 @@
 The paper's FID and FVD rest on networks trained on photographs and films; ours are Frechet distances as well,
 but of the features of features.py, so their numbers compare with each other alone.
 """
+import itertools
 import math
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import avg_pool2d, one_hot
 
 from data import DataConfig, moving_mnist
 from diffusion import Denoiser, diffuse, noise_like
-from experiments.features import Features, observe, walls
+from experiments.features import Features, Seen, centres, observe, walls
 
 # ---- numbers of a set of clips ---------------------------------------------------------------------------
 
@@ -23,20 +24,20 @@ def measure(
         digits: int,
         real: tuple[Tensor, Tensor],
         stride: int = 1) -> dict[str, float]:
-    """All that is said of clips x (B, C, F, H, W), on the CPU; real is what observe() returned last of real
-    ones, features of frames and of clips.
+    """All that is said of clips x (B, C, F, H, W), on the CPU; real are features of the frames and of the
+    clips of real ones.
 
     A number means something only beside that of equally many real clips.
     """
     real_frames, real_clips = real
-    classes, positions, probabilities, frames, clips = observe(x, features, digits)
+    seen = observe(x, features, digits)
     return {
-        "identity_kept": identity_kept(classes),
-        "trajectory_residual": path_off(positions, x.shape[-1], stride),
-        "step": steps(positions).mean().item(),  # a frozen path has no residual
-        "inception_score": inception_score(probabilities),
-        "frechet_frame": frechet(frames, real_frames),
-        "frechet_clip": frechet(clips, real_clips)}
+        "identity_kept": identity_kept(seen.classes),
+        "trajectory_residual": path_off(seen.places, x.shape[-1], stride),
+        "step": steps(seen.places).mean().item(),  # a frozen path has no residual
+        "inception_score": inception_score(seen.kinds),
+        "frechet_frame": frechet(seen.frames, real_frames),
+        "frechet_clip": frechet(seen.clips, real_clips)}
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -57,7 +58,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def inception_score(probabilities: Tensor) -> float:
-    """exp of the mean KL(p(y|x) || p(y)), of class probabilities (N, K): from 1 to K."""
+    """exp of the mean KL(p(y|x) || p(y)), of class probabilities (N, K): from 1 to K, where one class is seen."""
     p = probabilities.double()
     kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
     kl = kl.sum(1)
@@ -149,6 +150,35 @@ def seam(positions: Tensor, classes: Tensor, starts: list[int]) -> dict[str, flo
     return found
 
 
+# ---- how well the networks that measure read ---------------------------------------------------------------
+
+
+def read_right(seen: Seen, truth: dict, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each frame (B, F) whether all digits are read right, and how far their centres are off in pixels, by
+    the order that fits best; of each clip (B,) whether that order is the same in its first and last frame.
+    """
+    labels, digits = truth["labels"], seen.classes.shape[2]
+    shown = one_hot(seen.classes, 10).sum(2)
+    right = (shown == one_hot(labels, 10).sum(1)[:, None]).all(2)
+    orders = torch.tensor(list(itertools.permutations(range(digits))))
+    away = torch.cdist(seen.places, true_centres(truth, size))  # (B, F, digits, digits)
+    means = away[:, :, torch.arange(digits), orders].mean(3)  # (B, F, digits!)
+    off, order = means.min(2)
+    return right, off, order[:, 0] == order[:, -1]
+
+
+def distance(truth: dict, size: int) -> Tensor:
+    """How far the two nearest digits of each frame are apart (B, F), in pixels; infinity for one digit."""
+    at = true_centres(truth, size)
+    away = torch.cdist(at, at) + torch.diag(torch.full(at.shape[2:3], math.inf))
+    return away.amin((2, 3))
+
+
+def true_centres(truth: dict, size: int) -> Tensor:
+    """The centres (B, F, digits, 2) of the generator's digits, in pixels."""
+    return rearrange(centres(truth["positions"].float(), size), "b d f yx -> b f d yx")
+
+
 # ---- whether a denoiser uses the other frames ------------------------------------------------------------
 
 
@@ -200,11 +230,11 @@ def same_paths(data: DataConfig, n: int, seed: int | tuple) -> tuple[Tensor, Ten
 # ---- drawn frames against the true ones ------------------------------------------------------------------
 
 
-def mse_per_frame(real: Tensor, fake: Tensor) -> float:
-    """Squared error of videos (B, C, F, H, W) in [-1, 1], on a scale of [0, 1]: summed over the pixels of a
-    frame, then the mean over frames and clips, as the Moving MNIST benchmarks report it."""
+def squared_error(real: Tensor, fake: Tensor) -> Tensor:
+    """Squared errors (B,) of videos (B, C, F, H, W) in [-1, 1], on a scale of [0, 1]: summed over the pixels of
+    a frame, then the mean over frames, as the Moving MNIST benchmarks report it."""
     wrong = (real - fake) / 2
-    return wrong.square().sum((1, 3, 4)).mean().item()
+    return wrong.square().sum((1, 3, 4)).mean(1)
 
 
 def ssim(real: Tensor, fake: Tensor) -> float:

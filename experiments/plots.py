@@ -16,34 +16,31 @@ from experiments.lab import HERE
 from experiments.panels import panels, save
 
 RESULTS = HERE / "experiments/results"
-Runs = list[dict[str, float]]  # what each seed of an arm measured
+Numbers = dict[str, float]  # what one seed of an arm measured
 
 
-def raw(name: str) -> dict[str, Runs]:
-    """The runs of each arm."""
+def raw(name: str) -> dict[str, list[Numbers]]:
+    """What each arm of an experiment measured, seed by seed."""
     return json.loads((RESULTS / f"{name}.json").read_text())["raw"]
 
 
-def line(axis: Any, arms: dict[float, Runs], column: str, label: str) -> None:
-    """The mean of a column over the keys of arms, with the standard deviation over seeds."""
-    means, spreads = [], []
-    for runs in arms.values():
-        values = [run[column] for run in runs]
-        means.append(np.mean(values))
-        spreads.append(np.std(values, ddof=1))
-    axis.errorbar(list(arms), means, spreads, fmt="o-", ms=3, capsize=2, label=label)
+def line(axis: Any, points: dict[float, list[float]], label: str) -> None:
+    """A mean at each x, with the standard deviation over seeds; points holds the values of the seeds by x."""
+    means = [np.mean(values) for values in points.values()]
+    spreads = [np.std(values, ddof=1) for values in points.values()]
+    axis.errorbar(list(points), means, spreads, fmt="o-", ms=3, capsize=2, label=label)
 
 
 def calls() -> Any:
     """Tables 2 and 3: how near drawn frames and clips are to real ones, by calls of each sampler."""
     arms = raw("samplers")
-    lines = {}
-    for sampler in ("ancestral", "predictor-corrector", "ddim", "dpm_solver"):
-        lines[sampler] = {calls: arms[f"{sampler}, {calls} calls"] for calls in CALLS}
     figure, axes = panels([["frechet_frame", "frechet_clip"]], (8, 2.8))
     for name, axis in axes.items():
-        for sampler, by_calls in lines.items():
-            line(axis, by_calls, name, sampler)
+        for sampler in ("ancestral", "predictor-corrector", "ddim", "dpm_solver"):
+            points = {}
+            for n in CALLS:
+                points[n] = [run[name] for run in arms[f"{sampler}, {n} calls"]]
+            line(axis, points, sampler)
         floor = [run[name] for run in arms["real clips (floor)"]]
         axis.axhline(np.mean(floor), color="k", ls="--", lw=1, label="real clips")
         axis.set(
@@ -62,10 +59,10 @@ def exchange() -> Any:
     folders = {"VDM": ".", "MagicVideo": "magicvideo"}
     for name, folder in folders.items():
         runs = raw(f"{folder}/exchange")["the model"]
-        arms = {}
+        points = {}
         for level in range(-5, 1):
-            arms[level] = [{"ratio": run[f"λ = {level}"]} for run in runs]
-        line(axes["ratio"], arms, "ratio", name)
+            points[level] = [run[f"λ = {level}"] for run in runs]
+        line(axes["ratio"], points, name)
     axes["ratio"].set(xlabel="λ", ylabel="error with exchanged frames\nover error with own")
     axes["ratio"].legend()
     return figure

@@ -63,6 +63,9 @@ def run(tmp_path_factory) -> list[str]:
     return ["--checkpoint", str(folder)]
 
 
+LONG = ("samplers", "joint", "extend", "guidance")
+
+
 def judged(experiment: str, out: Path, said: str) -> None:
     """What an experiment has said and written is its table."""
     page = (out / f"{experiment}.md").read_text()
@@ -72,11 +75,8 @@ def judged(experiment: str, out: Path, said: str) -> None:
     assert [row.split(" | ")[0].strip("| ") for row in rows[1:]] == list(numbers["raw"])
     assert all(math.isfinite(v) for runs in numbers["raw"].values() for run in runs for v in run.values())
     assert "--clips 2" in numbers["command"] and len(numbers["features"]) == len(numbers["checkpoint"]) == 64
-    if experiment not in ("exchange", "modes", "benchmark"):
+    if experiment in LONG:
         assert {"real clips (floor)", "their frames exchanged (chance)"} <= set(numbers["raw"])
-
-
-LONG = ("samplers", "joint", "extend", "guidance")
 
 
 @pytest.mark.parametrize("experiment", [
@@ -200,17 +200,49 @@ def test_the_benchmark_compares_ten_drawn_frames_with_the_true_ones(lab, monkeyp
     assert found["the last frame again"]["squared_error"] == pytest.approx(
         ((true - x[:, :, 9:10]) / 2).square().sum((1, 3, 4)).mean().item(), rel=1e-5)
     assert found["one sample"]["digits"] > 0.9 > 0.3 > found["black frames"]["digits"]
+    assert found["the true frames"] == found["one sample"]  # which was not changed
+
+
+def test_the_error_of_the_mean_of_infinitely_many_has_no_spread_in_it(lab, monkeypatch):
+    lab.c.samples, g = 4, torch.Generator().manual_seed(0)
+    x, _, _ = lab.real(0, 20)
+    monkeypatch.setattr(lab, "draw", lambda *args, **flags: x - 0.2 + 0.3 * torch.randn(x.shape, generator=g))
+    arms = evaluate.benchmark(lab)
+    wrong, spread = 32 * 32 * 0.1**2, 32 * 32 * 0.15**2
+    assert arms["mean of 4"](0)["squared_error"] == pytest.approx(wrong + spread / 4, rel=0.02)
+    assert arms["mean of infinitely many, by the spread"](0)["squared_error"] == pytest.approx(wrong, rel=0.02)
 
 
 def test_the_public_test_file_is_read_clip_by_clip_and_seed_by_seed(lab, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (20, 5, 32, 32), np.uint8)
-    lab.c.test_file, lab.c.clips = str(tmp_path / "mnist_test_seq.npy"), 2
+    lab.c.test_file, lab.c.clips, lab.c.seeds = str(tmp_path / "mnist_test_seq.npy"), 2, 2
     np.save(lab.c.test_file, array)
     x, truth = benchmark.clips(lab, 1)
     assert truth == {} and x.shape == (2, 1, 20, 32, 32)
     assert torch.equal(x[1, 0].add(1).mul(127.5).round().byte(), torch.from_numpy(array[:, 3]))
+    lab.c.seeds = 3  # which is said before the first seed is drawn
     with pytest.raises(ValueError, match="holds 5 clips of 32 px"):
-        benchmark.clips(lab, 2)
+        benchmark.clips(lab, 0)
+
+
+@pytest.fixture(scope="module")
+def two_digits():
+    return open_lab(EvaluateConfig(checkpoint="pretrained/two_digits_64.pt", features="pretrained/features_64.pt",
+                                   experiment="reader", clips=48, device="cpu"))
+
+
+def test_two_digits_are_read_where_they_are_apart_and_less_where_they_cross(two_digits):
+    found = {name: arm(0) for name, arm in evaluate.reader(two_digits).items()}
+    apart, middle, near = found["16 px apart or more"], found["8 to 16 px"], found["under 8 px"]
+    assert apart["digits"] > 0.9 > near["digits"] > 0.3 and apart["off"] < 1 < near["off"]
+    assert apart["share"] + middle["share"] + near["share"] == pytest.approx(1)
+    assert found["all frames"]["share"] == 1 and found["whole clips"]["followed"] > 0.8
+
+
+def test_of_two_digits_none_is_exchanged(two_digits):
+    c = dataclasses.replace(two_digits.c, experiment="exchange")
+    with pytest.raises(ValueError, match="exchanges one digit"):
+        open_lab(c)
 
 
 @pytest.mark.parametrize("array, reason", [
@@ -321,7 +353,7 @@ def test_seams_are_where_drawn_frames_follow_given_ones(frames, seams, lab, monk
     found = []
     monkeypatch.setattr(metrics, "seam", lambda places, classes, starts: found.append(list(starts)) or {})
     monkeypatch.setattr(metrics, "measure", lambda *args: {})
-    nothing = torch.zeros(1, 2, 1).long(), torch.ones(1, 2, 1, 2)
+    nothing = SimpleNamespace(classes=torch.zeros(1, 2, 1).long(), places=torch.ones(1, 2, 1, 2), frames=0, clips=0)
     monkeypatch.setattr(type(lab), "observe", lambda *args: nothing)
     lab.c.frames = frames
     next(iter(evaluate.extend(lab).values()))(0)

@@ -163,6 +163,16 @@ def test_linking_follows_the_place_when_a_digit_changes_its_class_and_never_take
     assert torch.equal(positions, at) and classes.tolist() == [[[1, 2], [2, 1]]]
 
 
+def test_one_wrong_place_does_not_exchange_two_digits_for_good():
+    a, b = torch.tensor([[10.0, 10], [10, 12], [10, 14]]), torch.tensor([[12.0, 14], [14, 12], [16, 10]])
+    ghost = torch.tensor([40.0, 40])  # read in place of a in the middle frame
+    at = torch.stack([a, b], 1)
+    at[1] = torch.stack([b[1], ghost])
+    kinds = torch.tensor([[[3, 8], [8, 0], [3, 8]]])
+    classes, positions = link(kinds, at[None])
+    assert classes[0].tolist() == [[3, 8], [0, 8], [3, 8]] and torch.equal(positions[0, 2], at[2])
+
+
 def test_the_checksum_is_that_of_the_file_and_tells_contents_apart(tmp_path: Path):
     checkpoint.save(tmp_path / "x.pt", {"step": 3})
     checkpoint.save(tmp_path / "y.pt", {"step": 4})

@@ -9,6 +9,7 @@ from PIL import Image
 
 import progress
 from data import batches
+from diffusion import DiffusionConfig
 from experiments import figures, plots
 from experiments.lab import HERE
 from sampling import sample
@@ -81,14 +82,14 @@ def test_the_map_of_frames_is_a_softmax_of_q_k_and_the_table(num_images: int) ->
 
 
 def test_two_gaussian_frames_are_drawn_exactly_with_guidance_and_corrector() -> None:
-    drawn = figures.two_frames(1.0, figures.levels(128, 1.0), 1.0)
+    drawn = figures.two_frames(1.0, figures.levels(128, DiffusionConfig()), 1.0)
     assert abs(drawn.mean() - 0.9) < 0.03 and abs(drawn.std() - 0.19**0.5) < 0.03
-    alone = figures.two_frames(0.0, figures.levels(128, 1.0))
+    alone = figures.two_frames(0.0, figures.levels(128, DiffusionConfig()))
     assert alone.mean() < 0.7  # what the picture of section 3.1 shows
 
 
 def test_a_watched_denoiser_is_the_same_and_notes_every_call() -> None:
-    z, logsnrs, seen = torch.randn(1, 1, 2, 4, 4), figures.levels(5), []
+    z, logsnrs, seen = torch.randn(1, 1, 2, 4, 4), figures.levels(5, DiffusionConfig()), []
 
     def denoise(z, logsnr):
         return 0.5 * z

@@ -12,7 +12,7 @@ from data import DataConfig, moving_mnist
 from diffusion import alpha_sigma, noise_like
 from experiments.features import Features, load_features, observe, walls
 from experiments.metrics import (exchange, frechet, identity_kept, identity_true, inception_score, measure,
-                                 mse_per_frame, psnr, same_paths, seam, ssim, trajectory_residual)
+                                 psnr, same_paths, seam, squared_error, ssim, trajectory_residual)
 
 HERE = Path(__file__).parents[1]
 TRAINED = HERE / "pretrained" / "features_32.pt"
@@ -35,7 +35,8 @@ def trained() -> Features:
 @functools.cache
 def real() -> tuple[Tensor, Tensor]:
     """Features of other real frames and clips."""
-    return observe(clips(1)[0], trained(), 1)[3:]
+    seen = observe(clips(1)[0], trained(), 1)
+    return seen.frames, seen.clips
 
 
 @functools.cache
@@ -96,10 +97,10 @@ def test_digits_swapped_halfway_keep_their_identity_in_half_of_the_frames():
     x, labels, _ = clips(5)
     other = (labels != labels.roll(1, 0))[:, 0]
     swapped = torch.cat([x[:, :, :8], x.roll(1, 0)[:, :, 8:]], 2)[other]
-    classes = observe(swapped, trained(), 1)[0]
+    classes = observe(swapped, trained(), 1).classes
     assert identity_kept(classes) == pytest.approx(0.5, abs=0.03)
     assert identity_true(classes, labels[other]) == pytest.approx(0.5, abs=0.03)
-    assert identity_true(observe(x, trained(), 1)[0], labels) > 0.95
+    assert identity_true(observe(x, trained(), 1).classes, labels) > 0.95
 
 
 def test_identity_is_a_set_without_order_but_counts_equal_digits():
@@ -268,7 +269,7 @@ def pair() -> tuple[Tensor, Tensor]:
 def test_shifted_frames_have_the_error_that_numpy_finds():
     a, b = (x.double().numpy() / 2 + 0.5 for x in pair())
     by_frame = [((a[i, :, f] - b[i, :, f]) ** 2) for i in range(2) for f in range(3)]
-    assert mse_per_frame(*pair()) == pytest.approx(np.mean([e.sum() for e in by_frame]), rel=1e-5)
+    assert squared_error(*pair()).mean() == pytest.approx(np.mean([e.sum() for e in by_frame]), rel=1e-5)
     assert psnr(*pair()) == pytest.approx(np.mean([10 * np.log10(1 / e.mean()) for e in by_frame]), rel=1e-5)
 
 
@@ -288,4 +289,4 @@ def test_ssim_is_that_of_all_windows_as_a_loop_finds_it():
 def test_an_error_of_one_tenth_everywhere_is_twenty_decibels():
     x = torch.zeros(2, 1, 3, 16, 16)
     assert psnr(x, x + 0.2) == pytest.approx(20, rel=1e-4) and psnr(x, x) == pytest.approx(100)
-    assert mse_per_frame(x, x + 0.2) == pytest.approx(2.56, rel=1e-4)
+    assert squared_error(x, x + 0.2).mean() == pytest.approx(2.56, rel=1e-4)
