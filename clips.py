@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,8 @@ def list_videos(data_dir: str, listing: str, split: str) -> tuple[Named, int]:
     """The clips of a split with their captions, in the list's order or by their names; and how many
     are held out for the other split.
 
-    Without a listing all clips in data_dir. The test clips are those in a subfolder test beside train, or in
-    a list named test where listing says train, or else every tenth one (a single clip is both). Raises
+    Without a listing all clips in data_dir. The test clips are those in a subfolder test, or else val, beside
+    train, or in a list named test where listing says train, or else one in ten (a single clip is both). Raises
     ValueError: no such folder, no such list, or a caption in an unknown encoding.
     """
     root = Path(data_dir)
@@ -56,25 +57,40 @@ def list_videos(data_dir: str, listing: str, split: str) -> tuple[Named, int]:
             file = other
         clips = _listed(file, root)
     else:
-        apart = (root / "train").is_dir() and (root / "test").is_dir()
-        if apart:
-            root = root / split
-        clips = _found(root)
-    if apart or len(clips) == 1:
+        apart = _splits(root)
+        clips = _found(apart.get(split, root))
+    if apart or len({path for path, _ in clips}) == 1:
         return clips, 0
-    # Divided before any is looked at: which one is for testing must not depend on the length asked for.
-    test = clips[::10]
-    del clips[::10]
+    test, train = _divided(clips, root)
     if split == "test":
-        return test, len(clips)
-    return clips, len(test)
+        return test, len(train)
+    return train, len(test)
+
+
+def _splits(root):
+    """The folders of the splits, where there are any."""
+    for name in ("test", "val"):
+        if (root / "train").is_dir() and (root / name).is_dir():
+            return {"train": root / "train", "test": root / name}
+    return {}
+
+
+def _divided(clips, root):
+    """Clips to test and clips to train. A clip's path alone decides: not the others, nor the frames needed."""
+    names = [os.path.relpath(path, root) for path, _ in clips]
+    held = {name for name in names if zlib.crc32(os.fsencode(name)) % 10 == 0}
+    if not held or held == set(names):
+        held = set(names[:1])
+    test = [clip for clip, name in zip(clips, names) if name in held]
+    train = [clip for clip, name in zip(clips, names) if name not in held]
+    return test, train
 
 
 def _found(root):
     def tell(error):
-        print(f"left out, {error.filename}: {error.strerror}", file=sys.stderr)
+        _say(f"left out, {error.filename}: {error.strerror}", sys.stderr)
 
-    clips, left, seen = [], Counter(), set()
+    clips, left, seen = [], set(), set()
     for folder, inside, names in os.walk(root, onerror=tell, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # by a link
@@ -89,21 +105,25 @@ def _found(root):
             here = {Path(folder)}  # a folder of frames
             paths -= stills
         clips += here
-        for path in paths - here:
-            left[path.suffix.lower() or "without suffix"] += 1
-    del left[".txt"]  # captions
+        left |= paths - here
+    left -= set(map(_caption_file, clips))
     if left:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
-        print(f"left out of {root}: {kinds}", file=sys.stderr)
-    return [(clip, _caption(clip, root)) for clip in sorted(clips, key=natural)]
+        counts = Counter(path.suffix.lower() or "without suffix" for path in left)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        _say(f"left out of {root}: {kinds}", sys.stderr)
+    clips = sorted(sorted(clips), key=natural)  # 1.mp4 and 01.mp4 are equal in the second order
+    return [(clip, _caption(clip, root)) for clip in clips]
+
+
+def _say(text, file=None):
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        print(text, file=file or sys.stdout)
 
 
 def holds(data_dir: str, path: Path) -> bool:
     """Whether a clip at path would be one of the folder's."""
     root, path = Path(data_dir).resolve(), path.resolve()
-    roots = [root]
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        roots = [root / "train", root / "test"]
+    roots = _splits(root).values() or [root]
     hidden = any(part[0] == "." for part in path.parts[len(root.parts):])
     return not hidden and any(folder in path.parents for folder in roots)
 
@@ -120,14 +140,17 @@ def _is_clip_file(path):
 
 def _caption(clip, root):
     clip, root = clip.absolute(), root.absolute()  # "." has no name
-    file = clip.with_suffix(".txt")
-    if clip.is_dir():
-        file = clip.with_name(clip.name + ".txt")
+    file = _caption_file(clip)
     if file.is_file():
         return " ".join(_text(file).split())
     if root in (clip, clip.parent):
         return ""
     return clip.parent.name
+
+
+def _caption_file(clip):
+    name = clip.name if clip.is_dir() else clip.stem
+    return clip.parent / f"{name}.txt"
 
 
 def _text(file):
@@ -155,8 +178,6 @@ def _listed(listing, root):
                 named.append(_row(row, root))
     except KeyError as error:
         raise ValueError(f"--list {listing}: it has no column {error}") from None
-    except TypeError:
-        raise ValueError(f"--list {listing}: a row of it ends too soon") from None
     except (csv.Error, ValueError) as error:
         raise ValueError(f"--list {listing}: {error}") from None
     return named
@@ -167,7 +188,10 @@ def _kinetics(rows, root):
     for film, _ in _found(root):
         films[film.name.partition(".")[0]] = film
     for row in rows:
-        name = f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}"
+        begin, end = row["time_start"], row["time_end"]
+        if end is None:
+            raise ValueError("a row of it ends too soon")
+        name = f"{row['youtube_id']}_{int(begin):06}_{int(end):06}"
         named.append((films.get(name, root / f"{name}.mp4"), row.get("label") or ""))
     return named
 
@@ -245,7 +269,8 @@ def video_folder(config: Any) -> list[VideoFile]:
         frames, seconds, _ = answer
         if seconds:
             rates.append(frames / seconds)
-            frames = ticks(frames, seconds, config.fps)
+        if seconds and config.fps:
+            frames = ticks(seconds, config.fps)
         if frames < needed:
             bad.append(f"{path}: {frames} frames, {needed} needed")
         else:
@@ -255,8 +280,11 @@ def video_folder(config: Any) -> list[VideoFile]:
         where = config.list or config.data_dir
         raise ValueError(f"no usable clip for the {config.split} split in {where}: {report}")
     if bad:
-        print(report, file=sys.stderr)
-    print(f"{len(usable)} clips to {config.split}, {held} held out; {_read_as(config, rates, low)}")
+        _say(report, sys.stderr)
+    _say(f"{len(usable)} clips to {config.split}, {held} held out; {_read_as(config, rates, low)}")
+    longest = max((clip.caption for clip in usable), key=len)
+    if longest:
+        _say(f"captions of up to {len(longest.split())} words: “{longest[:200]}”; --tokens cuts them")
     return usable
 
 
@@ -276,8 +304,8 @@ def _read_as(config, rates, low):
 
 def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Generator,
                  beside: dict | None = None) -> tuple:
-    """n cuts of clips (n, C, F, S, S) as uint8, their captions, and the truth: which clips, and faults, a
-    sentence for each that could not be read. beside: the truth of clips beside which single frames are to go.
+    """n cuts of clips (n, C, F, S, S) as uint8, their captions, and the truth: which clips, and faults,
+    the path of each that could not be read, and a sentence. beside: the truth of clips beside which single frames are to go.
     """
     if beside is None:
         frames, chosen = config.frames, rng.integers(0, len(found), n)
@@ -308,6 +336,6 @@ def _cut(found, i, frames, place, config, faults):
             pixels = decode(clip.path, config.size, config.channels, cut, config.fps, clip.low)
             return pixels, number % len(found)
         except ValueError as error:
-            faults.append(str(error))
+            faults.append((clip.path, str(error)))
         place = (place + 0.618) % 1  # of a single clip, another part
-    raise ValueError(f"none of {len(found)} clips can be decoded: {faults[0]}")
+    raise ValueError(f"none of {len(found)} clips can be decoded: {faults[0][1]}")

@@ -39,7 +39,7 @@ class DataConfig:
     split: Literal["train", "test"] = "train"
     frames: int = 16  # [1, 1024] frames per clip
     size: int = 64  # [8, 1024] height and width in pixels
-    channels: int = 1  # [1, 64] colour channels: 1 is grey, 3 is RGB
+    channels: int = 1  # [1, 64] colour channels: 1 is grey, 3 is RGB; clips have no others
     frame_stride: tuple[int, ...] = (1,)  # [1, 64] every n-th frame is used; of several n each clip draws one
     num_images: int = 0  # [0, 64] independent image frames appended to each clip (joint training)
     digits: int = 2  # [1, 8] digits per clip of the MNIST sets
@@ -99,7 +99,7 @@ class Batches(Dataset):
     seed: int
     source: Callable
 
-    def __getitem__(self, i: int) -> tuple[Tensor, list[list[str]], list[str]]:
+    def __getitem__(self, i: int) -> tuple[Tensor, list[list[str]], list[tuple]]:
         b, k = self.batch_size, self.config.num_images
         x, captions, truth = self.clips(b, _rng((self.seed, i, 0)))
         faults = truth.get("faults", [])
@@ -147,12 +147,11 @@ def _delivered(loader, device):
     read = iter(loader)
     try:
         for x, captions, faults in read:
-            for fault in faults:
-                clip, _, _ = fault.partition(": broken")
+            for clip, reason in faults:
                 if clip not in told:
                     told.add(clip)
-                    print(f"skipped, {len(told)} so far: {fault}", file=sys.stderr)
-            x = x.to(device, non_blocking=True)
+                    print(f"skipped, {len(told)} so far: {reason}", file=sys.stderr)
+            x = x.to(device, non_blocking=loader.pin_memory)
             if x.dtype == torch.uint8:
                 x = to_float(x)
             yield x, captions

@@ -58,10 +58,8 @@ def stamp(path: Path) -> tuple[int, ...]:
     return ()
 
 
-def ticks(frames: int, seconds: float, fps: float) -> int:
-    """How many frames a clip has when it is shown at fps frames a second; 0 is its own rate."""
-    if fps == 0:
-        return frames
+def ticks(seconds: float, fps: float) -> int:
+    """How many frames a clip has when it is shown at fps frames a second."""
     return int((seconds + 1e-3) * fps)  # containers round times to a millisecond
 
 
@@ -116,7 +114,7 @@ def _shown(path, fps=0):
     else:
         times, order = _animation(path, stamp(path))
     if fps:
-        moments = np.arange(ticks(0, times[-1], fps)) / fps
+        moments = np.arange(ticks(times[-1], fps)) / fps
         order = np.searchsorted(times[:-1], moments + 1e-3, side="right") - 1
     return order, float(times[-1])
 
@@ -164,19 +162,21 @@ def _stills(folder):
 def _array(path):
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could run code
     if path.suffix.lower() == ".npz":
-        names = [name for name in array.files if _is_clip(array[name])]
-        if len(names) != 1:
+        clips = [part for part in map(array.get, array.files) if _is_clip(part)]
+        if len(clips) != 1:
             raise ValueError(f"arrays {', '.join(array.files)}: one alone must have the shape of a clip")
-        array = array[names[0]]
+        array = clips[0]
     if not _is_clip(array):
-        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed; of "
-                         "many clips in one array save each as a file: array[i], or array[:, i] where frames "
-                         "come first, as in Moving MNIST's test file")
+        raise ValueError(f"shape {array.shape}, but (F, H, W) or (F, H, W, C) with C 1, 3 or 4 is needed. A "
+                         "picture is no clip: stack the frames. Of many clips in one array save each as a file: "
+                         "array[i], or array[:, i] where frames come first, as in Moving MNIST's test file")
     return array
 
 
 def _is_clip(array):
-    return array.ndim == 3 or array.shape[3:] in ((1,), (3,), (4,))
+    if array.ndim == 3:
+        return array.shape[2] > 4  # or it is a picture (H, W, C)
+    return array.shape[3:] in ((1,), (3,), (4,))
 
 
 def _low(array):
@@ -191,7 +191,8 @@ def _low(array):
 def _as_bytes(array, numbers, low):
     frames = array[numbers]
     if array.dtype != np.uint8:
-        low = min(0, low, _low(array))
+        if low == 1:  # nobody has looked
+            low = min(0, _low(array))
         frames = np.rint((frames - low) / (1 - low) * 255).astype(np.uint8)
     if frames.shape[3:] == (1,):
         frames = frames[..., 0]
@@ -254,7 +255,8 @@ def save_video(x: Tensor, path: str | Path, known: Tensor | Sequence | None = No
     indexed = []
     for top in range(0, tall.height, height):
         indexed.append(tall.crop((0, top, width, top + height)))
-    timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
+    milliseconds = min(round(1000 / fps), 655_350)  # a GIF has no more
+    timing = {"save_all": True, "duration": milliseconds, "loop": 0}
     gif = _write(Path(f"{stem}.gif"), indexed, optimize=False, **timing)
     webp = _write(Path(f"{stem}.webp"), frames, lossless=True, **timing)
     return [gif, webp, _write(Path(f"{stem}.png"), [strip])]

@@ -11,7 +11,7 @@ from diffusion import Denoiser, Generators, alpha_sigma, diffuse, noise_like
 
 
 def classifier_free(conditional: Denoiser, unconditional: Denoiser, w: float) -> Denoiser:
-    """Classifier-free guidance, weight w >= 0; 0 is the conditional denoiser (Eq. 6; Table 5 lists 1 + w)."""
+    """Classifier-free guidance, weight w >= 0; 0 is the conditional denoiser (Eq. 6; Table 5 most likely lists 1 + w)."""
     if w == 0:
         return conditional
 
@@ -28,7 +28,7 @@ def reconstruction_guided(denoise: Denoiser, x_a: Tensor, observe: Callable[[Ten
     observe is differentiable and maps a video (B, C, F, H, W) to what x_a shows of it: the known frames
     (Eq. 7, with replacement() as the sampler's constraint) or the video down-sampled (Eq. 8, without).
     Paper: power 1, which takes sigma^2 / alpha^2 as the variance of x_a given z. That grows without bound
-    at high noise, where the place is decided. Power -1 takes sigma^2, exact for white data of variance 1.
+    at high noise, where a digit's place is decided. Power -1 takes sigma^2, exact for white data of variance 1.
     """
     def guided(z, logsnr):
         alpha, _ = alpha_sigma(logsnr)

@@ -28,30 +28,30 @@ from unet3d import UNet3D
 PARTS = DataConfig, MagicVideoConfig, DiffusionConfig, TextConfig, AutoencoderConfig
 Mode = Literal["generate", "predict", "extend", "interpolate", "super_resolve", "cascade"]
 SMALL = ("super_resolve", "cascade")  # the modes that are given small frames
+SLOW = ("interpolate", "cascade")  # the modes that are given every --stride-th frame
 
 
 @dataclass
 class SampleConfig:
     """What to draw, and how. Raises ValueError for settings that do not fit each other."""
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
-    checkpoint: str = ""  # a checkpoint or a run's folder; by default the newest run half done, else pretrained/
-    base: str = ""  # cascade: the model that draws what is given; else it is a real clip
+    checkpoint: str = ""  # a checkpoint or a run's folder; by default your newest run, see GUIDE.md
     text: str = ""  # caption of the clips, or several taking turns, separated by |; "" is unconditional
     fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips
     seed: int = 0  # [0, 2147483647] the same seed gives the same clips, however many they are
-    sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5, or fewer network calls
+    sampler: Literal["ancestral", "ddim", "dpm_solver"] = "ancestral"  # Eqs. 4 and 5; the others add no noise
     steps: int = 64  # [1, 100000] steps from noise to video
     gamma: float = 0.0  # [0, 1] ancestral: 0 is the small variance, 1 the large one
     delta: float = 0.0  # [0, 2] ancestral: step size of the Langevin corrector, 0.1 in the paper
-    w: float = 0.0  # [0, 100] weight of classifier-free guidance; the paper's tables list 1 + w
+    w: float = 0.0  # [0, 100] weight of classifier-free guidance; we read the paper's tables as 1 + w
     w_t: float = 0.0  # [0, 100] weight of temporal guidance, away from what each frame is alone; ours
     w_t_from: float = -2.0  # [-40, 40] log-SNR at which temporal guidance begins
     w_r: float = 10.0  # [0, 10000] weight of reconstruction guidance; 0 is replacement alone
     w_r_power: float = 1.0  # [-1, 1] power of alpha beside w_r; 1 is the paper, less guides more in noise
     frames: int = 0  # [0, 100000] frames of the result; 0 is the model's length, 4 times that for extend
     overlap: int = 0  # [0, 1024] frames given to predict, and shared by blocks; 0 is half the model's length
-    stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given (the paper's frameskip)
+    stride: int = 3  # [2, 64] interpolate, cascade: every so many frames one is given
     scale: int = 2  # [2, 64] super_resolve, cascade: the given frames are so many times smaller
     input: str = ""  # a video to start from, of whole or of small frames; by default clips of the test split
     out: str = "samples"  # folder for the .gif, .webp and .png
@@ -70,10 +70,8 @@ class SampleConfig:
             raise ValueError("--fps is said after a caption: it needs --text")
         if self.w_r == 0 and self.mode in SMALL:
             raise ValueError("--w_r 0 is replacement alone, which replaces whole frames, not small ones")
-        if self.base and self.mode != "cascade":
-            raise ValueError("--base is for mode cascade")
-        if self.input and (self.base or self.mode == "generate"):
-            raise ValueError("--input is for modes that are given frames: not generate, nor with --base")
+        if self.input and self.mode == "generate":
+            raise ValueError("--input is for modes that are given frames, and generate is given none")
 
 
 @dataclass
@@ -87,6 +85,11 @@ class Model:
     coder: Autoencoder | Pixels  # whose latents the network draws
     sampling: dict[str, dict] = field(default_factory=dict)  # settings for --mode, as in presets.SAMPLING
     step: int = 0  # of its training
+
+    @property
+    def speed(self) -> float:
+        """Frames per second of its clips: the highest that training had."""
+        return self.data.rate / min(self.data.frame_stride)
 
     def latents(self, x: Tensor) -> Tensor:
         """The frames x as the network knows them."""
@@ -187,7 +190,7 @@ def guided(model: Model, s: SampleConfig) -> Denoiser:
     if not model.data.num_images:
         raise ValueError("--w_t needs a model trained with image frames (--num_images)")
     # Not in the paper: Eq. 6 again, where a frame's condition is the other frames, and an image has none
-    alone = denoiser(images(network), model.diffusion, cond)
+    alone = denoiser(each_alone(network), model.diffusion, cond)
     away = classifier_free(denoise, alone, s.w_t)
 
     def late(z: Tensor, logsnr: Tensor) -> Tensor:
@@ -197,17 +200,17 @@ def guided(model: Model, s: SampleConfig) -> Denoiser:
     return late
 
 
-def images(network: Callable) -> Callable:
+def each_alone(network: Callable) -> Callable:
     """The network where every frame is an image of joint training (4.3.1), which sees no other frame.
 
     Without gradient. In Eq. 7 that changes nothing: a known frame's x_hat depends here on its own z alone,
     which is replaced. In Eq. 8 it makes the gradient approximate.
     """
     @torch.no_grad()
-    def each_alone(z: Tensor, logsnr: Tensor, cond: Tensor | None) -> Tensor:
+    def call(z: Tensor, logsnr: Tensor, cond: Tensor | None) -> Tensor:
         others = z.shape[2] - 1  # all frames but the first are image frames; the first is a video of one
         return network(z, logsnr, cond, others)
-    return each_alone
+    return call
 
 
 def captions(model: Model, s: SampleConfig) -> list[str]:
@@ -219,12 +222,14 @@ def captions(model: Model, s: SampleConfig) -> list[str]:
     strides, texts, fps = model.data.frame_stride, s.text.split("|"), s.fps
     if fps and len(strides) == 1 and model.data.dataset != "video_folder":
         raise ValueError("--fps needs a model trained with several --frame_stride")
-    if fps == 0 and len(strides) > 1 and " fps" not in s.text:
-        fps = model.data.rate / min(strides)
     said = []
     for clip in range(s.num):
         text = texts[clip % len(texts)]
-        said.append(f"{text} at {fps:g} fps" if fps else text)
+        if fps:
+            text += f" at {fps:g} fps"
+        elif len(strides) > 1 and " fps" not in text:
+            text += f" at {model.speed:g} fps"
+        said.append(text)
     return said
 
 
@@ -248,7 +253,10 @@ def fill(model: Model, s: SampleConfig, given: Given) -> Tensor:
             drawn = draw_block(counted(denoise, bar), block, model, s, noise)
             video.x[:, :, where] = torch.where(block.known[:, None, None], block.x, drawn)
             video.known[where] = True
-    return model.coder.video(video.x)
+    drawn = model.coder.video(video.x)
+    if not drawn.isfinite().all():
+        raise ValueError("what was drawn is not finite: try --precision float32, or a smaller --w_r")
+    return drawn
 
 
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:

@@ -33,7 +33,10 @@ class Machine:
 
     def cores(self) -> int:
         """The CPU cores of this computer for each of the processes on it; torchrun says how many they are."""
-        return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        count = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):  # Linux: a cluster may allow fewer
+            count = len(os.sched_getaffinity(0))
+        return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def autocast(self) -> torch.autocast:
         """The mixed-precision context that networks run in; it changes nothing in float32."""

@@ -19,7 +19,7 @@ from unet3d import Attention, Block, Embedding, Norm, SpatialMix, UNet3D, UNetCo
 @dataclasses.dataclass
 class MagicVideoConfig(UNetConfig):
     """What MagicVideo adds to the architecture."""
-    mask: Literal["before", "after"] = "before"  # magicvideo: directed attention masked around the softmax
+    mask: Literal["before", "after"] = "before"  # magicvideo: mask before the softmax, or after it as in the paper
 
 
 class Adaptor(nn.Module):
@@ -46,7 +46,7 @@ class DirectedMix(nn.Module):
     q, k, v: ((b f), pixels, heads, d). With order "before" M also acts inside the softmax; with "after" it
     does not, so that rows do not sum to 1 and later frames, though never seen, share the normalisation.
     """
-    def __init__(self, order: Literal["before", "after"] = "before"):
+    def __init__(self, order: Literal["before", "after"]):
         super().__init__()
         self.order = order
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 class Muon(torch.optim.AdamW):
     """AdamW, but matrices and kernels of 8 x 8 and more step along their orthogonalised momentum (Jordan et
-    al. 2024), half as long as lr in root mean square. torch.optim.Muon takes no kernels, and is in bf16.
+    al. 2024), of root mean square lr / 2. torch.optim.Muon takes no kernels, and is in bf16.
     """
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -28,7 +28,6 @@ class Muon(torch.optim.AdamW):
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.tensor(0.0)  # AdamW wants everybody to have one when it is loaded
                 state["momentum"] = torch.zeros_like(parameter)
             momenta.append(state["momentum"])
             gradients.append(parameter.grad)

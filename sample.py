@@ -1,7 +1,7 @@
 """Section 3.1 and figure 2 as a program: python sample.py --mode MODE draws clips and writes them.
 
-Every mode is one question, given some frames, or some frames made small, draw the rest: so a mode only makes
-a Given, which infill.py answers.
+Every mode is one question: given some frames, whole or made small, draw the rest. So a mode only makes a
+Given, which infill.py answers.
 """
 import itertools
 import json
@@ -20,8 +20,8 @@ import config
 from autoencoder import Autoencoder
 from data import batches
 from files import ARRAYS, load_video, save_clips, save_video
-from infill import (SMALL, Given, Model, SampleConfig, fill, load_model, nothing, overlap, show, show_small,
-                    smaller)
+from infill import (SLOW, SMALL, Given, Model, SampleConfig, fill, load_model, nothing, overlap, show,
+                    show_small, smaller)
 from machine import Machine, start
 from magicvideo import MagicVideo
 
@@ -38,7 +38,7 @@ def generate(model: Model, s: SampleConfig) -> Given:
 def predict(model: Model, s: SampleConfig) -> Given:
     """The first --overlap frames (Eq. 7)."""
     k, frames = overlap(model, s), s.frames or model.network.config.frames
-    if k >= frames:
+    if not 0 < k < frames:
         raise ValueError(f"--mode predict draws what follows {k} of {frames} frames: give other --frames")
     return show(nothing(model, s, frames), slice(0, k), model.latents(source(model, s, k)))
 
@@ -82,17 +82,17 @@ MODES = {mode.__name__: mode for mode in (
 
 
 def small(s: SampleConfig, x: Tensor) -> Tensor:
-    """x made --scale times smaller; what --base drew, and --input, are so small already."""
-    if s.base or s.input:
+    """x made --scale times smaller; an --input is so small already."""
+    if s.input:
         return x
     return smaller(x, s.scale)
 
 
 def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
-    """One frame in --stride of a video (B, C, n, H, W), and the frames of the whole. An --input, and what
-    --base draws, are such slow clips already.
+    """One frame in --stride of a video (B, C, n, H, W), and the frames of the whole. An --input is such a slow
+    clip already.
     """
-    if not s.base and not s.input:
+    if not s.input:
         frames = s.frames or model.network.config.frames
         return held_out_clips(model, s, frames)[:, :, ::s.stride], frames
     if s.frames:
@@ -102,19 +102,18 @@ def slow_clip(model: Model, s: SampleConfig) -> tuple[Tensor, int]:
 
 
 def source(model: Model, s: SampleConfig, frames: int) -> Tensor:
-    """The first frames (0: all) of what --base draws, of --input, or else of clips of the test split;
-    (B, C, frames, H, W).
+    """The first frames (0: all) of --input, or else of clips of the test split; (B, C, frames, H, W). A slow
+    clip and an array are taken frame by frame, all else at the model's speed.
     """
-    if s.base:
-        return drawn_by_base(model, s, frames)
     if not s.input:
         return held_out_clips(model, s, frames)
-    data, size, stride = model.data, model.data.size, 1
+    data, size = model.data, model.data.size
+    stride, fps = stride_of(model, s), data.fps
     if s.mode in SMALL:
         size //= s.scale
-    if Path(s.input).suffix.lower() not in ARRAYS:  # an array is at the model's speed already
-        stride = stride_of(model, s)
-    x = load_video(s.input, size, data.channels, frames, stride, data.fps)
+    if s.mode in SLOW or Path(s.input).suffix.lower() in ARRAYS:
+        stride, fps = 1, 0.0
+    x = load_video(s.input, size, data.channels, frames, stride, fps)
     return x.expand(s.num, -1, -1, -1, -1)
 
 
@@ -128,20 +127,10 @@ def held_out_clips(model: Model, s: SampleConfig, frames: int) -> Tensor:
 
 
 def stride_of(model: Model, s: SampleConfig) -> int:
-    """Every so many frames of a given clip are shown, for --fps or else the model's fastest."""
+    """Every so many frames of a clip one is taken: by --fps, or else the smallest number of the training."""
     if s.fps:
         return max(1, round(model.data.rate / s.fps))
     return min(model.data.frame_stride)
-
-
-def drawn_by_base(model: Model, s: SampleConfig, frames: int) -> Tensor:
-    """The clips that --base draws, of as many frames (0: its length), --scale times smaller."""
-    base, needed = load_model(checkpoint.find(s.base), model.device), model.data
-    s = replace(s, mode="generate", base="")
-    if (base.data.size * s.scale, base.data.channels) != (needed.size, needed.channels):
-        raise ValueError(f"--base draws {base.data.channels} x {base.data.size} px, not the "
-                         f"{needed.channels} x {needed.size // s.scale} px that are needed")
-    return fill(base, s, nothing(base, s, frames or base.network.config.frames))
 
 
 # ---- which model, and with which settings ----------------------------------------------------------------
@@ -178,7 +167,8 @@ def progress_of(run: Path, text: bool) -> float:
     try:
         made = json.loads((run / "config.json").read_text())
         newest = checkpoint.newest(run)
-        if made["arch"] == "autoencoder" or text and not made["cond_dim"]:
+        deaf = text and not made["cond_dim"]
+        if made["arch"] == "autoencoder" or deaf:
             return 0.0
         return int(newest.stem.removeprefix("checkpoint_")) / made["steps"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -201,7 +191,7 @@ def decide(model: Model, given: dict[str, Any]) -> dict[str, Any]:
             chosen[name] = value
     if model.data.num_images == 0:
         chosen.pop("w_t", None)  # no images to be away from
-    if mode in ("predict", "extend") and directed(model):
+    if mode in ("generate", "predict", "extend") and directed(model):
         if given.get("w_r"):
             raise ValueError(f"--w_r steers nothing that --mode {mode} draws here: it must be 0")
         chosen["w_r"] = 0.0
@@ -268,10 +258,6 @@ def draw_mode(model: Model, s: SampleConfig) -> tuple[Given, Tensor]:
     Path(s.out).mkdir(parents=True, exist_ok=True)  # a bad --out ends here, not after all the work
     if not os.access(s.out, os.W_OK):
         raise ValueError(f"--out {s.out} cannot be written to")
-    if s.base:  # which used this seed already, and drew what the text says
-        s = replace(s, seed=s.seed + 1)
-        if not model.text.cond_dim:
-            s = replace(s, text="", w=0.0, fps=0.0)
     return given, fill(model, s, given)
 
 
@@ -281,7 +267,7 @@ def sheet(model: Model, s: SampleConfig, given: Given, video: Tensor) -> tuple[T
     """
     low = given.low.flatten(1, 2)  # (B, C T, h, w)
     rows = [nnf.interpolate(low, scale_factor=s.scale).view(video.shape), video]
-    if not s.input and not s.base:
+    if not s.input:
         rows.append(held_out_clips(model, s, video.shape[2]).to(video.device))
     marks = torch.zeros(len(video), len(rows), video.shape[2], dtype=torch.bool)
     marks[:, 0] = given.low_known
@@ -291,7 +277,7 @@ def sheet(model: Model, s: SampleConfig, given: Given, video: Tensor) -> tuple[T
 
 def frames_per_second(model: Model, s: SampleConfig) -> float:
     """How fast the model's clips play."""
-    return s.fps or model.data.rate / min(model.data.frame_stride)
+    return s.fps or model.speed
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Section 2, sampling: ancestral, predictor-corrector, and two deterministic ones with fewer network calls.
+"""Section 2, sampling: ancestral, predictor-corrector, and two that add no noise, made for few network calls.
 
 A sampler sees a denoiser (z, logsnr) -> x_hat and nothing else: condition and guidance were bound before
 (guidance.py). It walks logsnrs (N + 1,), rising from noise to data, and calls the denoiser N times (2N - 1

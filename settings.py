@@ -146,6 +146,8 @@ def resumed(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("preset", "init", "latent", "optimizer"):
         if name in given:
             raise ValueError(f"--{name} chooses what a new run starts from; it cannot be given with --resume")
+    if Path(given["resume"]).is_file():
+        raise ValueError(f"--resume takes the folder of a run: --resume {Path(given['resume']).parent}")
     _, content, s = read_run("resume", given["resume"])
     if given.get("steps", content["step"]) < content["step"]:
         raise ValueError(f"--steps {given['steps']} counts from the beginning, and the run is at step "

@@ -110,9 +110,14 @@ def restore(state: State, content: dict[str, Any]) -> None:
     state.step = int(content["step"])
 
 
-def save_state(state: State, s: Settings, machine: Machine) -> Path:
-    """Writes checkpoint_<step>.pt into the run's folder, keeps the newest --keep, and returns its path. All
-    processes must ask; the first one writes.
+def path_of(state: State, s: Settings) -> Path:
+    """Where the checkpoint of a state is."""
+    return Path(s.train.out) / f"checkpoint_{state.step:08d}.pt"
+
+
+def save_state(state: State, s: Settings, machine: Machine) -> None:
+    """Writes a checkpoint into the run's folder and keeps the newest --keep. All processes must ask; the first
+    one writes.
     """
     content = {"settings": s.flat(), "step": state.step, "sampling": SAMPLING[s.train.preset],
                "model": state.model.state_dict(), "ema": state.ema.state_dict(),
@@ -120,9 +125,8 @@ def save_state(state: State, s: Settings, machine: Machine) -> Path:
     if s.train.latent:
         content["autoencoder"] = state.coder.state_dict()
     content = gathered(content, machine.rank == 0)
-    path = Path(s.train.out) / f"checkpoint_{state.step:08d}.pt"
+    path = path_of(state, s)
     if machine.rank == 0:
         checkpoint.save(path, content)
         for old in sorted(path.parent.glob(checkpoint.NAMES))[:-s.train.keep]:
             old.unlink()
-    return path

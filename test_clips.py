@@ -314,9 +314,10 @@ def test_what_is_left_out_is_counted_by_kind_in_one_line(tmp_path, capsys):
     for name in ("b.MPEG4", "c.swf", "d.swf", "README", "frames/1.png", "frames/2.png", "frames/notes.doc"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "e.png").write_bytes(b"")  # beside a clip
+    (tmp_path / "captions.txt").write_text("of no clip")
     assert both(tmp_path) == ["a.npy", "frames"]
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"left out of {tmp_path}: 1 .doc, 1 .mpeg4, 1 .png, 2 .swf, 1 without suffix", said
+    assert said[0] == f"left out of {tmp_path}: 1 .doc, 1 .mpeg4, 1 .png, 2 .swf, 1 .txt, 1 without suffix", said
     clips.list_videos(str(tmp_path / "frames"), "", "train")
     (tmp_path / "frames/notes.doc").unlink()
     capsys.readouterr()
@@ -346,8 +347,8 @@ def test_a_webp_that_stands_still_is_a_frame_and_one_that_moves_is_a_clip(tmp_pa
 
 
 @pytest.mark.parametrize("fields, words", [
-    ({"channels": 1}, ("18 clips to train, 2 held out", "the middle", "16 x 16 px", "grey", "8 to 25 frames")),
-    ({"fps": 5.0, "split": "test", "frames": 2}, ("2 clips to test, 18 held out", "the middle", "at 5 frames"))])
+    ({"channels": 1}, ("19 clips to train, 1 held out", "the middle", "16 x 16 px", "grey", "8 to 25 frames")),
+    ({"fps": 5.0, "split": "test", "frames": 2}, ("1 clips to test, 19 held out", "the middle", "at 5 frames"))])
 def test_a_start_says_what_is_held_out_cropped_turned_grey_and_how_fast_it_is(tmp_path, capsys, fields, words):
     first, *others = map(Image.fromarray, NOISE)
     for i in range(10):
@@ -357,6 +358,15 @@ def test_a_start_says_what_is_held_out_cropped_turned_grey_and_how_fast_it_is(tm
     line, = capsys.readouterr().out.splitlines()
     assert all(word in line for word in words), line
     assert ("grey" in line) == (fields.get("channels") == 1)
+
+
+def test_a_start_shows_the_longest_caption(tmp_path, capsys):
+    for name, words in (("a", "short"), ("b", "one of five\nwords altogether")):
+        array(tmp_path / "train" / f"{name}.npy")
+        (tmp_path / "train" / f"{name}.txt").write_text(words)
+    (tmp_path / "test").mkdir()
+    video_folder(config(tmp_path))
+    assert "captions of up to 5 words: “one of five words altogether”" in capsys.readouterr().out
 
 
 def test_a_clip_is_as_long_as_it_is_at_the_rate_asked_for(tmp_path, capsys):

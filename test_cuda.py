@@ -3,8 +3,10 @@
 No GPU is needed. C++ is told that these tensors lie on "meta", so that nothing asks for a driver, and Python is
 told "cuda:0". A tensor that stays on the CPU fails here as it would on a GPU. This goes by PyTorch's internals.
 The same with "mps:0" shows that nothing on Apple's GPU, which has no float64, is one; there all is in float32.
+And that PyTorch has each operation for it, by the list that comes with PyTorch.
 """
 import contextlib
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torchgen
 from pytest import MonkeyPatch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
@@ -46,6 +49,37 @@ LOWER = "conv2d linear matmul __matmul__ bmm einsum scaled_dot_product_attention
 UPPER = "softmax group_norm mse_loss interpolate exp log pow sum prod norm".split()
 
 
+def kernels() -> tuple[dict[str, set[str]], dict[str, str]]:
+    """For which devices PyTorch has each operation, and whose kernels an operation has that has none."""
+    listed = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    found, others = {}, {}
+    for entry in listed.split("\n- func: ")[1:]:
+        name, _, _ = entry.partition("(")
+        lines = re.findall(r"^    ([A-Z][\w, ]*):", entry, re.M)
+        found[name] = set(", ".join(lines).split(", "))
+        for other in re.findall(r"structured_delegate: (\S+)", entry):
+            others[name] = other
+    return found, others
+
+
+KERNELS, DELEGATES = kernels()
+
+
+def misses_apple(operation: torch._ops.OpOverload) -> bool:
+    """Whether an operation has kernels for CPUs, and none for Apple's GPU."""
+    name = operation._schema.name.removeprefix("aten::")
+    full = f"{name}.{operation._overloadname}".removesuffix(".default")
+    own = KERNELS.get(DELEGATES.get(full, full), set())
+    if any("Composite" in key for key in own):  # made of others, most often of the one that writes into out
+        own = KERNELS.get(f"{name}.out", set()) | own
+    return "CPU" in own and "MPS" not in own
+
+
+def test_the_list_knows_what_apples_gpu_lacks() -> None:
+    assert misses_apple(ATEN.logspace.default) and misses_apple(ATEN.linalg_eig.default)
+    assert not any(map(misses_apple, (ATEN.linspace.default, ATEN.addmm.default, ATEN._foreach_lerp_.Scalar)))
+
+
 class Waits(TorchDispatchMode):
     """The lines of the project where the host waits for the GPU. A number that nobody knows is 1."""
     def __init__(self, gpu: torch.device) -> None:
@@ -62,6 +96,7 @@ class Waits(TorchDispatchMode):
         result = operation(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device == MPS:
+                assert not misses_apple(operation), operation
                 assert tensor.dtype not in (torch.float64, torch.bfloat16), operation
         if operation in COPIES:
             places = {tensor.device for tensor in tree_leaves((args, result)) if isinstance(tensor, Tensor)}

@@ -489,16 +489,37 @@ def test_a_folder_is_searched_for_clips_and_folders_of_frames(tmp_path):
     assert found == ["a.gif", "b.webp", "c.npy", "d", "e", "f.png"]
 
 
-def test_every_tenth_clip_is_for_testing_and_never_trained_on(tmp_path):
-    for i in range(1, 24):
+def test_one_clip_in_ten_is_for_testing_and_never_trained_on_whatever_others_come_or_go(tmp_path):
+    for i in range(60):
         write(tmp_path / f"{i}.npy", NOISE)
     train, test = names_of(folder(tmp_path)), names_of(folder(tmp_path, split="test"))
-    assert test == ["1.npy", "11.npy", "21.npy"]
-    assert sorted(train + test) == sorted(f"{i}.npy" for i in range(1, 24))
+    assert sorted(train + test) == sorted(f"{i}.npy" for i in range(60)) and 2 <= len(test) <= 12
+    (tmp_path / test[0]).unlink(), (tmp_path / train[0]).unlink()
+    write(tmp_path / "0a.npy", NOISE)
+    video_folder.cache_clear()
+    again = set(names_of(folder(tmp_path, split="test"))) - {"0a.npy"}
+    assert again == set(test[1:])
+
+
+def test_a_clip_that_a_list_names_twice_is_on_one_side(tmp_path):
+    names = [f"{i}.npy" for i in range(30)]
+    for name in names:
+        write(tmp_path / name, NOISE)
+    (tmp_path / "all.txt").write_text("".join(f"{name} {word}\n" for name in names for word in ("one", "two")))
+    listed = folder(tmp_path, list=str(tmp_path / "all.txt"))
+    train, test = names_of(listed), names_of(replace(listed, split="test"))
+    assert len(train) + len(test) == 60 and not set(train) & set(test) and test
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["b", "c", "d"]])
+def test_few_clips_are_divided_too(names, tmp_path):
+    for name in names:
+        write(tmp_path / f"{name}.npy", NOISE)
+    assert names_of(folder(tmp_path)) and names_of(folder(tmp_path, split="test"))
 
 
 def test_a_split_does_not_depend_on_the_length_asked_for(tmp_path):
-    for i in range(1, 21):
+    for i in range(1, 61):
         write(tmp_path / f"{i}.npy", NOISE[: 10 if i % 3 else 4])
     train = {n for frames in (4, 8) for n in names_of(folder(tmp_path, frames=frames))}
     test = {n for frames in (4, 8) for n in names_of(folder(tmp_path, frames=frames, split="test"))}
@@ -515,6 +536,22 @@ def test_subfolders_train_and_test_are_the_splits(tmp_path):
         write(tmp_path / name, NOISE)
     assert names_of(folder(tmp_path)) == ["a.npy", "b.npy"]
     assert video_folder(folder(tmp_path, split="test")) == [(tmp_path / "test/c.npy", "", 10, 1)]
+
+
+def test_where_there_is_no_test_val_is_it(tmp_path):
+    for name in ("train/a.npy", "val/c.npy"):
+        write(tmp_path / name, NOISE)
+    assert names_of(folder(tmp_path)) == ["a.npy"] and names_of(folder(tmp_path, split="test")) == ["c.npy"]
+    (tmp_path / "test").mkdir()
+    write(tmp_path / "test/d.npy", NOISE)
+    video_folder.cache_clear()
+    assert names_of(folder(tmp_path)) == ["a.npy"] and names_of(folder(tmp_path, split="test")) == ["d.npy"]
+
+
+def test_a_picture_in_an_array_is_no_clip(tmp_path):
+    np.save(tmp_path / "a.npy", NOISE[0])  # (H, W, 3)
+    with pytest.raises(ValueError, match="a.npy.*A picture is no clip"):
+        load_video(tmp_path / "a.npy", 16, 3)
 
 
 def test_a_caption_is_a_text_file_or_the_class_folder_or_nothing(tmp_path):

@@ -146,12 +146,6 @@ def test_a_mode_runs_end_to_end_and_prints_the_three_files_it_wrote(mode: str, t
     assert drawn.video.isfinite().all() and drawn.video.abs().max() < 1.001 and drawn.video.std() > 0.01
 
 
-def test_a_speed_that_is_said_to_the_base_alone_is_no_mistake(unconditional: Path, tmp_path: Path) -> None:
-    base = checkpointed(tmp_path / "base", *"--size 8 --attention_resolutions 4 --frame_stride 1,2".split())
-    drawn = program(unconditional, *"--mode cascade --text four --fps 4 --base".split(), base, "--out", tmp_path)
-    assert drawn.video.shape == (2, 1, 10, 16, 16)
-
-
 def test_what_is_printed_for_input_is_read_by_it(tiny: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
     first = program(tiny, "--out", tmp_path)
     line, = (line for line in capsys.readouterr().out.splitlines() if "for --input: " in line)
@@ -173,15 +167,6 @@ def test_a_small_input_is_seen_as_it_is(mode: str, tiny: Path, tmp_path: Path) -
     seen = block.low[:, :, block.low_known]
     shown = load_video(tmp_path / "small.npy", 8, 1)[:, :seen.shape[2]]
     assert torch.equal(seen, shown.expand(2, -1, -1, -1, -1))
-
-
-def test_a_cascade_starts_from_what_its_base_draws(tiny: Path, small: Path, tmp_path: Path) -> None:
-    drawn = program(tiny, "--mode", "cascade", "--base", small, "--out", tmp_path)
-    slow = drawn.given[0][1]  # the first block is the base's
-    assert slow.shape == (2, 1, 4, 8, 8) and drawn.video.shape == (2, 1, 10, 16, 16)  # 3 frames for each step
-    assert not drawn.known.any()  # no frame is given whole
-    assert torch.equal(drawn.given[1][0].low[:, :, [0, 3]], slow[:, :, :2])  # the block of frames 0 to 3
-    assert drawn.given[1][0].low_known.tolist() == [True, False, False, True]
 
 
 def test_no_sample_is_written_over(tiny: Path, tmp_path: Path) -> None:
@@ -219,6 +204,29 @@ def test_a_given_clip_is_read_at_the_speed_that_is_asked_for(tiny: Path, clip: P
         Image.new("L", (16, 16), 20 * n) for n in range(1, 9)])
     x = sample.source(model, s, 4)
     assert [round((value + 1) * 127.5) for value in x[0, 0, :, 0, 0].tolist()] == [0, 40, 80, 120]
+
+
+@pytest.mark.parametrize("mode", ["interpolate", "cascade"])
+def test_a_slow_clip_is_given_frame_by_frame(mode: str, tiny: Path, tmp_path: Path) -> None:
+    model = load_model(checkpoint.newest(tiny), CPU.device)
+    model.data = dataclasses.replace(model.data, fps=8.0, frame_stride=(2,))
+    path = tmp_path / "slow.gif"  # two frames a second
+    Image.new("L", (16, 16)).save(path, save_all=True, duration=500, append_images=[
+        Image.new("L", (16, 16), 20 * n) for n in range(1, 4)])
+    x, frames = sample.slow_clip(model, SampleConfig(mode=mode, num=1, input=str(path)))
+    assert frames == 10
+    assert [round((value + 1) * 127.5) for value in x[0, 0, :, 0, 0].tolist()] == [0, 20, 40, 60]
+
+
+def test_a_speed_in_one_caption_leaves_the_others_theirs(tiny: Path) -> None:
+    model = load_model(checkpoint.newest(tiny), CPU.device)
+    model.data = dataclasses.replace(model.data, frame_stride=(1, 2))
+    said = infill.captions(model, SampleConfig(num=3, text="a 2 at 4 fps|a 3"))
+    assert said == ["a 2 at 4 fps", "a 3 at 8 fps", "a 2 at 4 fps"]
+
+
+def test_what_is_not_finite_is_an_error_and_not_black_frames(tiny: Path, capsys: CaptureFixture) -> None:
+    assert "--precision float32" in mistaken(tiny, "--mode predict --w_r 1e4 --w_r_power -1 --steps 50".split(), capsys)
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_anything_is_drawn(tiny: Path, tmp_path: Path,
@@ -694,7 +702,7 @@ def test_temporal_guidance_without_its_gradient_draws_the_same_frames(tiny: Path
         given = infill.show(infill.nothing(model, s, 4), slice(0, 2), torch.ones(2, 1, 2, 16, 16))
         return fill(model, s, given)
     without = drawn()
-    monkeypatch.setattr(infill, "images", lambda network: lambda z, logsnr, cond: network(
+    monkeypatch.setattr(infill, "each_alone", lambda network: lambda z, logsnr, cond: network(
         z, logsnr, cond, z.shape[2] - 1))
     torch.testing.assert_close(drawn(), without, rtol=1e-4, atol=1e-4)
 
@@ -891,13 +899,6 @@ def test_a_checkpoint_cannot_say_where_files_go(tiny: Path) -> None:
     assert sample.decide(model, {}) == {"steps": 3}
 
 
-def test_a_base_whose_size_the_scale_does_not_divide_is_fine(tmp_path: Path) -> None:
-    large = checkpointed(tmp_path / "large", *"--size 24 --attention_resolutions 12".split())
-    base = checkpointed(tmp_path / "base", *"--size 8 --attention_resolutions 4".split())
-    drawn = program(large, *"--mode cascade --scale 3 --frames 4".split(), "--base", base, "--out", tmp_path)
-    assert drawn.video.shape == (2, 1, 4, 24, 24)
-
-
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
@@ -963,9 +964,6 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "gamma with dpm_solver": (["--sampler", "dpm_solver", "--gamma", "0.1"], "--gamma"),
     "more captions than clips": ("--text a|b|c --num 2".split(), "--text has 3 captions, and --num is 2"),
     "small frames that guide nothing": ("--mode super_resolve --w_r 0".split(), "--w_r 0"),
-    "base without cascade": (["--base", "nowhere"], "--base"),
-    "base is missing": (["--mode", "cascade", "--base", "nowhere"], "nowhere"),
-    "base of the wrong size": (lambda tiny, folder: ["--mode", "cascade", "--base", tiny], "1 x 16 px"),
     "input without a mode for it": (video("clip", 6, "generate"), "--input"),
     "input is missing": (["--mode", "predict", "--input", "nowhere.gif"], "nowhere.gif"),
     "input is broken": (broken_video, "broken.gif"),
@@ -1000,12 +998,6 @@ def test_a_mistake_ends_with_one_sentence_and_status_2(
 def test_an_unconditional_model_takes_no_text(flags: list, unconditional: Path,
                                               capsys: CaptureFixture) -> None:
     assert "a model trained with captions" in mistaken(unconditional, flags, capsys)
-
-
-def test_a_cascade_with_a_text_needs_two_models_trained_with_captions(tiny: Path, tmp_path: Path,
-                                                                      capsys: CaptureFixture) -> None:
-    base = checkpointed(tmp_path / "base", *"--size 8 --attention_resolutions 4 --cond_dim 0".split())
-    assert "--text" in mistaken(tiny, ["--mode", "cascade", "--base", base, "--text", "four"], capsys)
 
 
 def test_the_real_process_ends_with_status_2_and_no_traceback(tmp_path: Path) -> None:

@@ -752,6 +752,11 @@ def test_a_run_of_several_processes_goes_on_with_as_many(monkeypatch: MonkeyPatc
         with pytest.raises(SystemExit):
             train.finish(types.SimpleNamespace(step=1), s, [], False, Machine(torch.device("cpu"), world=world))
         assert f"to go on: {command} --resume 'runs/a b'\n" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(SystemExit):
+        train.finish(types.SimpleNamespace(step=1), s, [], False, Machine(torch.device("cpu"), world=8))
+    said = "torchrun --nproc_per_node=4 train.py --resume 'runs/a b', on each of 2 computers"
+    assert f"to go on: {said}\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -843,6 +848,12 @@ def out_beside_clips(folder: Path) -> list:
     return ["--dataset", "video_folder", "--data_dir", folder, "--out", folder / "runs/a"]
 
 
+def a_checkpoint(folder: Path) -> list:
+    (folder / "run").mkdir()
+    (folder / "run" / "checkpoint_00000002.pt").touch()
+    return ["--resume", "run/checkpoint_00000002.pt"]
+
+
 MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "size not divisible": (["--size", "18", "--dim_mults", "1,2,4"], "frames of 18 px, which are not divisible by 4"),
     "unknown preset": (["--preset", "ucf"], "--preset ucf is not one of cpu, cuda, films, pixels, autoencoder, ucf101"),
@@ -868,6 +879,7 @@ MISTAKES: dict[str, tuple[list | Callable, str]] = {
     "clips too short": (short_clip, "3 frames, 4 needed"),
     "out among the clips": (out_beside_clips, "lies in --data_dir"),
     "nothing to resume": (["--resume", "nowhere"], "nowhere"),
+    "a file to resume": (a_checkpoint, "--resume takes the folder of a run: --resume run"),
     "resume from garbage": (garbage, "is no checkpoint of this project"),
     "resume from a foreign checkpoint": (foreign, "checkpoint_00000002.pt"),
     "out holds a run": (occupied, "holds a run already"),

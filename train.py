@@ -6,6 +6,7 @@ processes with torchrun are one process with N times the --accumulate, and a res
 import contextlib
 import json
 import math
+import os
 import shlex
 import signal
 import time
@@ -28,7 +29,7 @@ from optimizer import ema_update, lr_factor
 from progress import log, plot_loss, preview
 from settings import Settings, read_settings, suitable_preset
 from shard import gathered, parallel
-from state import State, new_state, save_state
+from state import State, new_state, path_of, save_state
 from text import condition
 
 # ---- one step --------------------------------------------------------------------------------------------
@@ -51,6 +52,11 @@ def micro_batch_loss(network: nn.Module, batch: tuple, index: int, s: Settings, 
         return loss(network, x, s.diffusion, cond, s.data.num_images).mean()
 
 
+def number(step: int, part: int, s: Settings, machine: Machine) -> int:
+    """Of a step's micro-batch on this process: no other one has it."""
+    return (step * s.train.accumulate + part) * machine.world + machine.rank
+
+
 def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
                machine: Machine) -> tuple[Tensor, float]:
     """One optimizer step over --accumulate micro-batches. Returns the mean loss and the gradient's norm.
@@ -62,7 +68,7 @@ def train_step(network: nn.Module, state: State, stream: Iterator, s: Settings,
     for part in range(s.train.accumulate):
         x, captions = next(stream)
         batch = state.coder.latents(x), captions
-        index = (state.step * s.train.accumulate + part) * machine.world + machine.rank
+        index = number(state.step, part, s, machine)
         # with torchrun, gradients are exchanged once, after the last micro-batch; with --shard after each
         waits = part < s.train.accumulate - 1 and hasattr(network, "no_sync")
         with network.no_sync() if waits else contextlib.nullcontext():
@@ -93,11 +99,11 @@ def fit(s: Settings, machine: Machine) -> None:
     state, stop = new_state(s, machine.device), stop_signals()
     if machine.rank == 0:  # only now it is known that these settings can go on
         with checkpoint.replacing(Path(s.train.out) / "config.json") as file:
-            file.write_text(json.dumps(s.flat(), indent=1))
+            file.write_text(json.dumps(s.flat() | {"processes": machine.world}, indent=1))
     network = parallel(state.model, machine, s.train.shard)
     if s.train.compile:  # last, so that it cuts the graph where processes exchange gradients
         network = torch.compile(network)
-    first = state.step * s.train.accumulate * machine.world + machine.rank
+    first = number(state.step, 0, s, machine)
     stream = batches(s.data, s.train.batch_size, s.train.seed, first, machine.world, machine.device,
                      readers(s, machine))
     clips = s.train.batch_size * s.train.accumulate * machine.world
@@ -153,11 +159,15 @@ def write_due(state: State, s: Settings, machine: Machine) -> None:
 
 def finish(state: State, s: Settings, stop: list[int], failed: bool, machine: Machine) -> None:
     """Saves and says how to go on; exits with 128 + a signal, raises ValueError if training failed."""
-    path = save_state(state, s, machine)
+    if state.step == 0 or state.step % s.train.save_every:
+        save_state(state, s, machine)
     out = shlex.quote(s.train.out)
     go_on = f"python train.py --resume {out}"
     if machine.world > 1:  # fewer processes would see other clips
-        go_on = f"torchrun --nproc_per_node={machine.world} train.py --resume {out}"
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", machine.world))
+        go_on = f"torchrun --nproc_per_node={here} train.py --resume {out}"
+        if here < machine.world:
+            go_on += f", on each of {machine.world // here} computers"
     if failed:
         if machine.rank > 0:
             return
@@ -179,7 +189,7 @@ def finish(state: State, s: Settings, stop: list[int], failed: bool, machine: Ma
         use = f"train.py --latent {out}"
     else:
         use = f"sample.py --checkpoint {out}"
-    print(f"done: in {out} are samples/, metrics.jsonl and {path.name}\n{curve}\nto use it: python {use}")
+    print(f"done: in {out} are samples/, metrics.jsonl and {path_of(state, s).name}\n{curve}\nto use it: python {use}")
 
 
 def loss_curve(folder: Path) -> str:
@@ -242,6 +252,11 @@ def announce(s: Settings, machine: Machine) -> None:
         print(f"in the latents of {s.train.latent}")
     if s.train.resume and s.changes():
         print(f"other settings than before: {s.changes()}")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # of an older version, or lost
+        made = json.loads((Path(s.train.out) / "config.json").read_text())
+        before, now = made["processes"] * made["accumulate"], machine.world * s.train.accumulate
+        if before != now:
+            print(f"processes times --accumulate are {now}, and were {before}: other clips than the next ones come")
 
 
 def less_memory(s: Settings) -> str:

@@ -230,7 +230,7 @@ class Embedding(nn.Module):
         if u.dim() == 0:
             u = u.reshape(1, 1)
         u = u.flatten(1)  # (1 or b, 1 or frames)
-        frequencies = torch.logspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
+        frequencies = 10 ** torch.linspace(0, -4, (self.emb_dim + 1) // 2, device=u.device)
         angles = 1000 * u[..., None] * frequencies
         waves = torch.cat([angles.sin(), angles.cos()], -1)
         h = waves[..., :self.emb_dim].expand(batch, -1, -1)
