@@ -304,8 +304,9 @@ def _read_as(config, rates, low):
 
 def folder_clips(found: list[VideoFile], config: Any, n: int, rng: np.random.Generator,
                  beside: dict | None = None) -> tuple:
-    """n cuts of clips (n, C, F, S, S) as uint8, their captions, and the truth: which clips, and faults,
-    the path of each that could not be read, and a sentence. beside: the truth of clips beside which single frames are to go.
+    """n cuts of clips (n, C, F, S, S) as uint8, their captions, and the truth: which clips, and as faults the
+    path of each that could not be read and a sentence. beside: the truth of clips beside which single frames
+    are to go.
     """
     if beside is None:
         frames, chosen = config.frames, rng.integers(0, len(found), n)

@@ -11,7 +11,9 @@ from diffusion import Denoiser, Generators, alpha_sigma, diffuse, noise_like
 
 
 def classifier_free(conditional: Denoiser, unconditional: Denoiser, w: float) -> Denoiser:
-    """Classifier-free guidance, weight w >= 0; 0 is the conditional denoiser (Eq. 6; Table 5 most likely lists 1 + w)."""
+    """Classifier-free guidance, weight w >= 0; 0 is the conditional denoiser (Eq. 6). Table 5 most likely
+    lists 1 + w.
+    """
     if w == 0:
         return conditional
 

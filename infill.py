@@ -67,7 +67,7 @@ class SampleConfig:
         if self.w and not self.text:
             raise ValueError("--w guides to a caption: it needs --text and a model trained with captions")
         if self.fps and not self.text:
-            raise ValueError("--fps is said after a caption, and needs --text; films are read at the model's own rate")
+            raise ValueError("--fps is said after a caption, and needs --text: films are read at the model's rate")
         if self.w_r == 0 and self.mode in SMALL:
             raise ValueError("--w_r 0 is replacement alone, which replaces whole frames, not small ones")
         if self.input and self.mode == "generate":

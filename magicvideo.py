@@ -19,7 +19,7 @@ from unet3d import Attention, Block, Embedding, Norm, SpatialMix, UNet3D, UNetCo
 @dataclasses.dataclass
 class MagicVideoConfig(UNetConfig):
     """What MagicVideo adds to the architecture."""
-    mask: Literal["before", "after"] = "before"  # magicvideo: mask before the softmax, or after it as in the paper
+    mask: Literal["before", "after"] = "before"  # of magicvideo: before the softmax, or after it as in the paper
 
 
 class Adaptor(nn.Module):

@@ -189,7 +189,8 @@ def finish(state: State, s: Settings, stop: list[int], failed: bool, machine: Ma
         use = f"train.py --latent {out}"
     else:
         use = f"sample.py --checkpoint {out}"
-    print(f"done: in {out} are samples/, metrics.jsonl and {path_of(state, s).name}\n{curve}\nto use it: python {use}")
+    newest = path_of(state, s).name
+    print(f"done: in {out} are samples/, metrics.jsonl and {newest}\n{curve}\nto use it: python {use}")
 
 
 def loss_curve(folder: Path) -> str:
