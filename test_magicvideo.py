@@ -460,8 +460,8 @@ def test_the_shipped_network_goes_as_fast_as_asked():
 
     def seen(fps: float) -> tuple[float, float]:
         clips = infill.fill(model, dataclasses.replace(s, fps=fps), infill.nothing(model, s, 16))
-        classes, places, *_ = observe(clips, features, 1)
-        return (places.diff(dim=1).norm(dim=3).mean().item(),
-                (classes[..., 0] == torch.tensor(digits)[:, None]).float().mean().item())
+        found = observe(clips, features, 1)
+        return (found.places.diff(dim=1).norm(dim=3).mean().item(),
+                (found.classes[..., 0] == torch.tensor(digits)[:, None]).float().mean().item())
     (normal, named), (faster, _), (fastest, _) = map(seen, (8.0, 4.0, 2.0))
     assert 1.2 < normal < faster - 0.7 < fastest - 2 and named > 0.7

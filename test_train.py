@@ -439,8 +439,17 @@ def test_a_run_leaves_settings_metrics_two_checkpoints_and_previews(whole: Recor
 
 def test_config_json_holds_every_setting(whole: Recorded) -> None:
     stored = json.loads((whole.folder / "config.json").read_text())
-    assert stored == json.loads(json.dumps(whole.content["settings"]))
+    assert stored == json.loads(json.dumps(whole.content["settings"])) | {"processes": 1}
     assert stored["dim"] == 8 and stored["accumulate"] == 2 and stored["digits"] == 1
+
+
+@pytest.mark.parametrize("accumulate, said", [(2, True), (1, False)])
+def test_a_run_that_goes_on_with_other_processes_is_told_when_other_clips_come(
+        accumulate: int, said: bool, tmp_path: Path, capsys: CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"processes": 2, "accumulate": 1}))
+    s = settings.read_settings([*TINY, "--out", str(tmp_path), "--accumulate", str(accumulate)])
+    train.announce(s, Machine(torch.device("cpu"), world=2))
+    assert ("other clips than the next ones come" in capsys.readouterr().out) == said
 
 
 def test_metrics_are_whole_lines_of_numbers(whole: Recorded) -> None:
