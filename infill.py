@@ -35,7 +35,7 @@ SLOW = ("interpolate", "cascade")  # the modes that are given every --stride-th 
 class SampleConfig:
     """What to draw, and how. Raises ValueError for settings that do not fit each other."""
     mode: Mode = "generate"  # what is drawn, given what: see the table in README.md
-    checkpoint: str = ""  # a checkpoint or a run's folder; by default your newest run, see GUIDE.md
+    checkpoint: str = ""  # a checkpoint or a run's folder; by default your newest run that is half done
     text: str = ""  # caption of the clips, or several taking turns, separated by |; "" is unconditional
     fps: float = 0.0  # [0, 64] frames per second said after each caption of --text; 0 says none
     num: int = 4  # [1, 1024] clips

@@ -15,7 +15,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torchgen
 from pytest import MonkeyPatch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
@@ -39,6 +38,7 @@ if not torch.__version__.startswith(KNOWN):
     pytest.skip(f"fake CUDA tensors are made for PyTorch {KNOWN}, this is {torch.__version__}", allow_module_level=True)
 
 HERE = Path(__file__).parent
+SITE = Path(torch.__file__).parents[1]  # where PyTorch is installed
 CUDA, MPS, META = torch.device("cuda:0"), torch.device("mps:0"), torch.device("meta")
 ATEN = torch.ops.aten
 ASKED = torch.ops.prim.device.default  # C++ asks Python for a tensor's device
@@ -51,7 +51,7 @@ UPPER = "softmax group_norm mse_loss interpolate exp log pow sum prod norm".spli
 
 def kernels() -> tuple[dict[str, set[str]], dict[str, str]]:
     """For which devices PyTorch has each operation, and whose kernels an operation has that has none."""
-    listed = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    listed = (SITE / "torchgen/packaged/ATen/native/native_functions.yaml").read_text()
     found, others = {}, {}
     for entry in listed.split("\n- func: ")[1:]:
         name, _, _ = entry.partition("(")

@@ -159,7 +159,7 @@ def write_due(state: State, s: Settings, machine: Machine) -> None:
 
 def finish(state: State, s: Settings, stop: list[int], failed: bool, machine: Machine) -> None:
     """Saves and says how to go on; exits with 128 + a signal, raises ValueError if training failed."""
-    if state.step == 0 or state.step % s.train.save_every:
+    if state.step == 0 or state.step % s.train.save_every:  # else it was saved when it was due
         save_state(state, s, machine)
     out = shlex.quote(s.train.out)
     go_on = f"python train.py --resume {out}"

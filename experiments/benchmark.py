@@ -32,37 +32,10 @@ def benchmark(lab: Lab) -> Arms:
     best that is possible has twice the error of that mean.
     """
     n = lab.c.samples
-
-    @cache
-    def guesses(seed: int) -> tuple[dict[str, Tensor], float, dict]:
-        """Guesses (B, C, 10, H, W) by name, "the true frames" among them; the mean error of single samples;
-        and the truth.
-        """
-        x, truth = clips(lab, seed)
-        true = x[:, :, GIVEN:]
-        flags = sample.decide(lab.model, {"mode": "predict"}) | dict(mode="predict", overlap=GIVEN)
-        least = torch.full([len(x)], math.inf)
-        best, total, alone = torch.zeros_like(true), torch.zeros_like(true), 0.0
-        for number in range(n):
-            y = lab.draw(n * seed + number, known(lab, x, slice(0, GIVEN)), **flags)[:, :, GIVEN:]
-            if number == 0:
-                first = y
-            error = metrics.squared_error(true, y)
-            better = error < least
-            best[better], least[better] = y[better], error[better]
-            total += y / n
-            alone += error.mean().item() / n
-        found = {
-            "one sample": first,
-            f"best of {n}": best,
-            f"mean of {n}": total,
-            "the last frame again": x[:, :, GIVEN - 1:GIVEN].expand_as(true),
-            "black frames": torch.full_like(true, -1),
-            "the true frames": true}
-        return found, alone, truth
+    guessed = cache(partial(guesses, lab))
 
     def judged(name: str, seed: int) -> Numbers:
-        found, _, truth = guesses(seed)
+        found, _, truth = guessed(seed)
         true, y = found["the true frames"], found[name]
         numbers = {"squared_error": metrics.squared_error(true, y).mean().item(), "ssim": metrics.ssim(true, y)}
         if truth:
@@ -71,7 +44,7 @@ def benchmark(lab: Lab) -> Arms:
 
     def mean_of_all(seed: int) -> Numbers:
         # a mean of n has the error of the mean of infinitely many, and an n-th of the variance beside it
-        found, alone, _ = guesses(seed)
+        found, alone, _ = guessed(seed)
         error = metrics.squared_error(found["the true frames"], found[f"mean of {n}"]).mean().item()
         return {"squared_error": (n * error - alone) / (n - 1)}
 
@@ -79,6 +52,47 @@ def benchmark(lab: Lab) -> Arms:
              "the last frame again", "black frames", "the true frames"]
     arms = {name: partial(judged, name) for name in names}
     return arms | {"mean of infinitely many, by the spread": mean_of_all}
+
+
+def guesses(lab: Lab, seed: int) -> tuple[dict[str, Tensor], float, dict]:
+    """Guesses (B, C, 10, H, W) by name, "the true frames" among them; the mean error of single samples; and
+    the truth.
+    """
+    x, truth = clips(lab, seed)
+    true = x[:, :, GIVEN:]
+    first, best, mean, alone = samples(lab, x, seed)
+    n = lab.c.samples
+    found = {
+        "one sample": first,
+        f"best of {n}": best,
+        f"mean of {n}": mean,
+        "the last frame again": x[:, :, GIVEN - 1:GIVEN].expand_as(true),
+        "black frames": torch.full_like(true, -1),
+        "the true frames": true}
+    return found, alone, truth
+
+
+def samples(lab: Lab, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """What is drawn --samples times after the tenth frame of clips x: the first sample, of each clip the one
+    with the least error, and the mean, each (B, C, 10, H, W); and the mean error of single samples.
+    """
+    n, true = lab.c.samples, x[:, :, GIVEN:]
+    flags = sample.decide(lab.model, {"mode": "predict"}) | dict(mode="predict", overlap=GIVEN)
+    least = torch.full([len(x)], math.inf)
+    best = torch.zeros_like(true)
+    mean = torch.zeros_like(true)
+    alone = 0.0
+    for number in range(n):
+        y = lab.draw(n * seed + number, known(lab, x, slice(0, GIVEN)), **flags)[:, :, GIVEN:]
+        if number == 0:
+            first = y
+        error = metrics.squared_error(true, y)
+        better = error < least
+        best[better] = y[better]
+        least[better] = error[better]
+        mean += y / n
+        alone += error.mean().item() / n
+    return first, best, mean, alone
 
 
 # ---- the clips ---------------------------------------------------------------------------------------------
